@@ -1,0 +1,118 @@
+"""Autoencoder: shapes, moments, normalisation, the divergence, refusals."""
+
+import pytest
+import torch
+
+from models.autoencoder import Autoencoder
+
+
+def small(levels: int = 3, mid_attention: bool = True) -> Autoencoder:
+    return Autoencoder((8, 16, 16, 24)[:levels], 1, 3, mid_attention, norm_groups=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("levels", [1, 3, 4])
+@pytest.mark.parametrize("mid_attention", [True, False])
+def test_shapes(rng: torch.Generator, levels: int, mid_attention: bool) -> None:
+    autoencoder = small(levels, mid_attention)
+    factor = 2 ** (levels - 1)
+    assert autoencoder.factor == factor
+    images = torch.randn(2, 3, 16, 24, generator=rng)
+    moments = autoencoder.encode(images)
+    assert moments.shape == (2, 6, 16 // factor, 24 // factor)
+    latents = autoencoder.mode(moments)
+    assert latents.shape == (2, 3, 16 // factor, 24 // factor)
+    assert autoencoder.decode(latents).shape == images.shape
+    assert autoencoder.kl(moments).shape == (2,)
+
+
+def test_every_weight_gets_a_gradient_once_the_branches_speak(rng: torch.Generator) -> None:
+    autoencoder = small()
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng))
+    images = torch.randn(1, 3, 16, 16, generator=rng)
+    moments = autoencoder.encode(images)
+    noise = torch.randn(1, 3, 4, 4, generator=rng)
+    loss = (autoencoder.decode(autoencoder.sample(moments, noise)) - images).abs().mean()
+    (loss + 1e-3 * autoencoder.kl(moments).mean()).backward()
+    silent = [n for n, p in autoencoder.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    # A key's bias moves all scores of a query alike, which the softmax does not see.
+    assert all(name.endswith("attention.key.bias") for name in silent)
+
+
+@torch.no_grad()
+def test_log_variance_is_clamped(rng: torch.Generator) -> None:
+    autoencoder = small()
+    autoencoder.quant_conv.bias[3:] = torch.tensor([-1e3, 0.0, 1e3])
+    log_variance = autoencoder.encode(torch.randn(1, 3, 16, 16, generator=rng)).chunk(2, dim=1)[1]
+    assert (log_variance[:, 0] == -30).all()
+    assert (log_variance[:, 2] == 20).all()
+
+
+@torch.no_grad()
+def test_sample_has_the_moments_it_is_given(rng: torch.Generator) -> None:
+    autoencoder = small()
+    mean, std = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 1.0, 2.0])
+    moments = torch.cat([mean, 2 * std.log()]).reshape(1, 6, 1, 1).expand(64, 6, 8, 8)
+    latents = autoencoder.sample(moments, torch.randn(64, 3, 8, 8, generator=rng))
+    torch.testing.assert_close(latents.mean((0, 2, 3)), mean, rtol=0, atol=0.1)
+    torch.testing.assert_close(latents.std((0, 2, 3)), std, rtol=0.05, atol=0)
+    assert torch.equal(autoencoder.mode(moments), moments[:, :3])
+
+
+@torch.no_grad()
+def test_normalisation_gives_unit_latents_and_is_undone_by_decode(rng: torch.Generator) -> None:
+    autoencoder = small()
+    moments = autoencoder.encode(torch.randn(4, 3, 32, 32, generator=rng))
+    raw = autoencoder.mode(moments)
+    image = autoencoder.decode(raw)
+    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
+    autoencoder.set_normalisation(mean, std)
+    latents = autoencoder.mode(moments)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3))
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(autoencoder.decode(latents), image, rtol=1e-4, atol=1e-5)
+    assert {"latent_mean", "latent_std"} <= autoencoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf")])
+def test_useless_statistics_are_refused(std: float) -> None:
+    autoencoder = small()
+    with pytest.raises(ValueError, match="not usable"):
+        autoencoder.set_normalisation(torch.zeros(3), torch.tensor([1.0, std, 1.0]))
+
+
+def test_kl_is_the_closed_form(rng: torch.Generator) -> None:
+    autoencoder = small()
+    moments = torch.randn(2, 6, 2, 2, generator=rng)
+    mean, log_variance = moments.chunk(2, dim=1)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    exact = torch.distributions.kl_divergence(posterior, prior).sum((1, 2, 3))
+    torch.testing.assert_close(autoencoder.kl(moments), exact)
+    assert autoencoder.kl(torch.zeros(1, 6, 2, 2)).item() == 0
+
+
+@torch.no_grad()
+def test_channels_last_gives_the_same(rng: torch.Generator) -> None:
+    autoencoder = small()
+    images = torch.randn(2, 3, 16, 16, generator=rng)
+    expected = autoencoder.decode(autoencoder.mode(autoencoder.encode(images)))
+    autoencoder.to(memory_format=torch.channels_last)
+    last = images.to(memory_format=torch.channels_last)
+    result = autoencoder.decode(autoencoder.mode(autoencoder.encode(last)))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        small().encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ValueError, match="norm_groups 32"):
+        Autoencoder((48, 64))
+
+
+def test_stable_diffusion_has_its_size() -> None:
+    with torch.device("meta"):
+        autoencoder = Autoencoder()
+    assert sum(p.numel() for p in autoencoder.parameters()) == 83_653_863
