@@ -1,0 +1,1 @@
+"""Training stages: the LightningModules and what they need."""

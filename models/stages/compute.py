@@ -1,0 +1,193 @@
+"""Where and in which precision a run computes, and why.
+
+On a GPU that is bfloat16 autocast, channels-last and `torch.compile`. On a CPU a probe times a training step
+each way and takes the fastest; bfloat16 is a matter of course where the CPU multiplies it (AVX512-BF16, AMX).
+Weights, optimizer and loss stay float32 everywhere.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
+COMPILE_PAYS_AFTER = 1200
+
+
+class Precision(Enum):
+    """What the networks multiply in; `auto` chooses."""
+
+    auto = "auto"
+    fp32 = "float32"
+    bf16 = "bfloat16"
+
+
+class Switch(Enum):
+    """On, off, or chosen for the machine."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Accelerator(Enum):
+    """The device a run trains on; `auto` takes a GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TrainerOptions:
+    """How to compute.
+
+    Args:
+        accelerator: the device.
+        precision: what the networks multiply in.
+        compile: whether the networks go through `torch.compile`.
+        threads: CPU threads; 0 takes one for each core this process may use.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator = Accelerator.auto,
+        precision: Precision = Precision.auto,
+        compile: Switch = Switch.auto,
+        threads: int = 0,
+    ) -> None:
+        if threads < 0:
+            raise ValueError(f"threads is {threads}, but must be 0 or more")
+        self.accelerator = accelerator
+        self.precision = precision
+        self.compile = compile
+        self.threads = threads
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A decided way to compute; `reason` says why in a few words."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+    compiled: bool
+    reason: str
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context every network call runs in."""
+        if self.bf16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def place(self, network: nn.Module) -> None:
+        """Moves `network` to the device and into the memory layout."""
+        network.to(self.device).to(memory_format=self._format)
+
+    def lay_out(self, images: Tensor) -> Tensor:
+        """`images` or latents `[B C H W]` in the memory layout of the networks."""
+        return images.contiguous(memory_format=self._format)
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, compiled where this is the way to compute."""
+        return torch.compile(function, dynamic=False) if self.compiled else function
+
+    @property
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def __str__(self) -> str:
+        precision = "bfloat16 autocast" if self.bf16 else "float32"
+        layout = "channels-last" if self.channels_last else "channels-first"
+        how = f"{precision}, {layout}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.device.type}, {how} ({self.reason})"
+
+
+def decide(
+    options: TrainerOptions, step_seconds: Callable[[Compute], float], steps: int
+) -> tuple[Compute, float]:
+    """The way to compute the training steps of a stage on this machine, and seconds a step.
+
+    On a GPU it is bfloat16, channels-last and compiled. On a CPU the eager ways are timed; compiling is tried
+    as well where the run is long enough to earn back the minutes it takes, and kept where it is faster.
+
+    Args:
+        options: what the user fixed.
+        step_seconds: times a training step computed in a given way.
+        steps: how many of them are to come.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if options.accelerator is Accelerator.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "accelerator is cuda, but this machine has no usable GPU; use trainer.accelerator=cpu"
+        )
+    on_gpu = torch.cuda.is_available() and options.accelerator is not Accelerator.cpu
+    device = torch.device("cuda" if on_gpu else "cpu")
+    instructions = None if on_gpu else _bf16_instructions()
+    reason = f"fastest here of {{}} ways timed{f', {instructions} found' if instructions else ''}"
+    worth_trying = [True] if on_gpu or instructions else [True, False]
+    precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(options.precision, worth_trying)
+    layouts = [True] if on_gpu else [True, False]
+    eager = [] if options.compile is Switch.on or (on_gpu and options.compile is Switch.auto) else [False]
+    compiled = [] if options.compile is Switch.off or eager or not _has_compiler(on_gpu) else [True]
+    ways = [
+        Compute(device, bf16, layout, mode, reason)
+        for bf16 in precisions
+        for layout in layouts
+        for mode in (eager or compiled or [False])
+    ]
+    timed = [(step_seconds(way), way) for way in ways]
+    seconds, best = min(timed, key=lambda pair: pair[0])
+    if options.compile is Switch.auto and not on_gpu and _has_compiler(on_gpu):
+        if seconds * steps > COMPILE_PAYS_AFTER:
+            way = replace(best, channels_last=True, compiled=True)
+            timed.append((step_seconds(way), way))
+            seconds, best = min(timed, key=lambda pair: pair[0])
+        else:
+            reason += f", too short to compile (under {COMPILE_PAYS_AFTER // 60} min)"
+    return replace(best, reason=reason.format(len(timed))), seconds
+
+
+def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 4.0) -> float:
+    """Median wall seconds of `call` after two warm-up calls, within about `budget` seconds."""
+    for _ in range(2):
+        call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or (len(times) < 15 and time.perf_counter() - began < budget):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _has_compiler(on_gpu: bool) -> bool:
+    """Whether `torch.compile` has what it needs: Triton comes with torch, a C++ compiler may be missing."""
+    return on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def set_threads(options: TrainerOptions) -> None:
+    """Fixes the number of CPU threads torch computes with."""
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+
+
+def _bf16_instructions() -> str | None:
+    """The CPU's instructions that multiply bfloat16 natively; None where it has none."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX512-BF16"
+    return None

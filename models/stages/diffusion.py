@@ -1,0 +1,134 @@
+"""The diffusion stage: latents and captions in, a denoiser out; the text encoder is trained along with it."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from data.batch import Batch
+from models.autoencoder import Autoencoder
+from models.diffusion.draws import Draws, Purpose
+from models.diffusion.objective import Backbone, Objective
+from models.pipeline import Pipeline, load_weights
+from models.stages.compute import Compute
+from models.stages.ema import Ema
+from models.stages.optim import OptimizerSettings
+from models.stages.plan import Plan
+from models.text_encoder import TextEncoder
+from models.unet import UNet
+
+#: The times and the noise of the held-out loss never change, so that its values compare between runs.
+_VALIDATION_SEED = 1_000_003
+
+
+class DiffusionStage(LightningModule):
+    """Trains backbone and text encoder on the latents of a finished autoencoder.
+
+    Args:
+        autoencoder: frozen; its averaged weights.
+        text_encoder: trained where it has parameters that require gradients.
+        backbone: the denoiser's network.
+        objective: the loss.
+        conditioning_dropout: probability of training without the caption, which guidance needs.
+        optimizer: its settings.
+        plan: how long and in which portions.
+        compute: where and in which precision.
+        seed: of every random number.
+    """
+
+    name = "diffusion"
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        backbone: UNet,
+        objective: Objective,
+        conditioning_dropout: float,
+        optimizer: OptimizerSettings,
+        plan: Plan,
+        compute: Compute,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if not 0 <= conditioning_dropout < 1:
+            raise ValueError(f"conditioning_dropout is {conditioning_dropout}, but must lie in [0, 1)")
+        self.networks = nn.ModuleDict({"text_encoder": text_encoder, "backbone": backbone})
+        self.text_encoder = text_encoder
+        self.backbone = backbone
+        self.objective = objective
+        self.conditioning_dropout = conditioning_dropout
+        self.optimizer_settings = optimizer
+        self.plan = plan
+        self.seed = seed
+        self.images_seen = 0
+        self.ema = Ema(self.networks, plan.ema_halflife_images)
+        # In a list so that Lightning does not count the frozen autoencoder among what is trained.
+        self._autoencoder = [autoencoder.eval().requires_grad_(False)]
+        self.use(compute)
+
+    def use(self, compute: Compute) -> None:
+        """Computes in the given way from now on."""
+        self.compute = compute
+        for network in (self.networks, self.ema.network, self._autoencoder[0]):
+            compute.place(network)
+        self.empty_tokens = self.text_encoder.tokenize([""]).to(compute.device)
+        self._backbone = compute.wrap(self.backbone.forward)
+
+    def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
+        """Takes the weights of a finished autoencoder; CheckpointError if they are of another shape."""
+        mine = {key.removeprefix("autoencoder."): tensor for key, tensor in tensors.items()}
+        load_weights(self._autoencoder[0], mine, label)
+
+    def training_step(self, batch: Batch, step: int) -> Tensor:
+        """The mean loss of a batch."""
+        return self._loss(
+            self.text_encoder, self._backbone, batch, self.seed, self.conditioning_dropout
+        ).mean()
+
+    def _loss(
+        self, text_encoder: TextEncoder, backbone: Backbone, batch: Batch, seed: int, dropout: float
+    ) -> Tensor:
+        """Loss of each sample, float32 `[B]`; every random number is a function of `seed` and its index."""
+        draws = Draws(seed, batch.indices)
+        with self.compute.autocast():
+            x0 = self._latents(batch, draws)
+            tokens = torch.cat((batch.tokens, self.empty_tokens))  # one call encodes the null caption too
+            conditioning, null = text_encoder(tokens).split_last()
+            dropped = draws.uniform(Purpose.CONDITIONING_DROPOUT) < dropout
+            return self.objective(backbone, x0, conditioning.replace(dropped, null), draws)
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch, draws: Draws) -> Tensor:
+        autoencoder = self._autoencoder[0]
+        moments = autoencoder.encode(self.compute.lay_out(batch.images)).float()
+        noise = draws.normal(Purpose.POSTERIOR, (moments.shape[1] // 2, *moments.shape[2:]))
+        return self.compute.lay_out(autoencoder.sample(moments, noise))
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The held-out `loss` of the averaged weights, at times and noise that never change."""
+        text_encoder, backbone = self._averaged()
+        losses = [
+            self._loss(text_encoder, backbone, batch.to(self.compute.device), _VALIDATION_SEED, 0.0)
+            for batch in batches
+        ]
+        return {"loss": torch.cat(losses).mean().item()}
+
+    def pipeline(self, resolution: int) -> Pipeline:
+        """Makes pictures with the averaged weights."""
+        text_encoder, backbone = self._averaged()
+        return Pipeline(
+            self._autoencoder[0], text_encoder, backbone, self.objective, resolution, self.compute.autocast
+        )
+
+    def _averaged(self) -> tuple[TextEncoder, UNet]:
+        text_encoder, backbone = self.ema.network["text_encoder"], self.ema.network["backbone"]
+        assert isinstance(text_encoder, TextEncoder)
+        assert isinstance(backbone, UNet)
+        return text_encoder, backbone
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer of the trained networks."""
+        return self.optimizer_settings.build(self.networks.named_parameters())

@@ -1,0 +1,152 @@
+"""What a stage will cost, said before its first step: counted FLOPs, a timed probe, memory and disk."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.batch import Batch
+from data.progress import duration
+from models.stages.compute import Compute, TrainerOptions, decide, seconds_a_call
+from models.stages.stage import Stage
+
+_FLOAT_BYTES = 4
+#: Copies of the trained weights: themselves, their gradients, AdamW's two moments and the average.
+_COPIES_IN_MEMORY = 5
+#: Copies in a checkpoint (no gradients), times two kept and one being written.
+_COPIES_ON_DISK = 4 * 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage will cost; counts are of images, sizes in bytes."""
+
+    stage: str
+    parameters: int
+    flops_an_image: float
+    batch_size: int
+    images_to_go: int
+    steps_to_go: int
+    seconds: float
+    memory: float
+    disk: float
+    compute: Compute
+
+
+def preflight(stage: Stage, batch: Callable[[int], Batch], options: TrainerOptions) -> Cost:
+    """The cost of what is left of `stage`, measured; the stage computes in the fastest way from here on.
+
+    Args:
+        stage: its networks may hold any weights; they are not changed.
+        batch: makes a batch of that many samples, of the shapes of training.
+        options: what the user fixed.
+
+    Raises:
+        ValueError: the options ask for what the machine does not have.
+    """
+    images = max(stage.plan.images - stage.images_seen, 0)
+    steps = -(-images // stage.plan.batch_size)
+
+    def step_seconds(way: Compute) -> float:
+        stage.use(way)
+        whole = batch(stage.plan.batch_size).to(way.device)
+        return seconds_a_call(lambda: _step(stage, whole), way.device)
+
+    compute, seconds_a_step = decide(options, step_seconds, steps)
+    flops, activations = _count(stage, compute, batch)
+    stage.use(compute)
+    parameters = sum(p.numel() for p in stage.networks.parameters())
+    weights = parameters * _FLOAT_BYTES
+    return Cost(
+        stage=stage.name,
+        parameters=parameters,
+        flops_an_image=flops,
+        batch_size=stage.plan.batch_size,
+        images_to_go=images,
+        steps_to_go=steps,
+        seconds=seconds_a_step * steps,
+        memory=_COPIES_IN_MEMORY * weights + activations * stage.plan.batch_size,
+        disk=_COPIES_ON_DISK * weights,
+        compute=compute,
+    )
+
+
+def require_disk(folder: Path, costs: list[Cost]) -> float:
+    """Free bytes where `folder` will be.
+
+    Raises:
+        OSError: less than the stages' checkpoints need.
+    """
+    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    free = float(shutil.disk_usage(existing).free)
+    needed = sum(cost.disk for cost in costs)
+    if free < needed:
+        raise OSError(
+            f"{folder}: {_size(free)} free on its disk, but the checkpoints need {_size(needed)}; "
+            "free some, or choose another place with folder=..."
+        )
+    return free
+
+
+def show(costs: list[Cost], free_disk: float) -> None:
+    """Prints the table, a column a stage."""
+    table = Table(title="Preflight", title_justify="left")
+    table.add_column("")
+    for cost in costs:
+        table.add_column(cost.stage)
+    rows: list[tuple[str, Callable[[Cost], str]]] = [
+        ("parameters", lambda c: f"{c.parameters / 1e6:,.2f} M"),
+        ("FLOPs per image", lambda c: f"{c.flops_an_image / 1e9:,.2f} G (forward and backward)"),
+        ("global batch", lambda c: f"{c.batch_size} images"),
+        ("to go", lambda c: f"{c.images_to_go:,} images, {c.steps_to_go:,} steps"),
+        ("time", lambda c: f"about {duration(c.seconds)} ({_rate(c)} images/s in a probe)"),
+        ("computes", lambda c: str(c.compute)),
+        ("peak memory", lambda c: f"at most about {_size(c.memory)}"),
+        ("disk", lambda c: f"{_size(c.disk)} for checkpoints"),
+    ]
+    for label, cell in rows:
+        table.add_row(label, *(cell(cost) for cost in costs))
+    Console(width=110, soft_wrap=False).print(table)
+    total = duration(sum(c.seconds for c in costs))
+    print(f"Training takes about {total} in all; {_size(free_disk)} of disk are free.", flush=True)
+
+
+def _step(stage: Stage, batch: Batch) -> Tensor:
+    """The loss of one training step, whose gradients are dropped."""
+    loss = stage.training_step(batch, 0)
+    loss.backward()
+    stage.networks.zero_grad(set_to_none=True)
+    return loss
+
+
+def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tuple[float, float]:
+    """FLOPs of a training step and bytes kept for its backward pass, for one image, run eagerly."""
+    eager = Compute(compute.device, compute.bf16, compute.channels_last, False, "")
+    stage.use(eager)
+    one = batch(1).to(compute.device)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _step(stage, one)
+    own = {p.untyped_storage().data_ptr() for p in stage.networks.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in own)
+    return float(counter.get_total_flops()), float(activations)
+
+
+def _rate(cost: Cost) -> str:
+    return f"{cost.images_to_go / cost.seconds:,.0f}" if cost.seconds else "-"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,117 @@
+"""What a stage is to the callbacks, and how its state becomes a checkpoint and comes back."""
+
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from models.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from models.pipeline import load_weights
+from models.stages.compute import Compute
+from models.stages.ema import Ema
+from models.stages.plan import Plan
+
+
+class Stage(Protocol):
+    """A LightningModule that trains networks; what the callbacks see of it."""
+
+    name: str
+    networks: nn.ModuleDict
+    ema: Ema
+    plan: Plan
+    compute: Compute
+    images_seen: int
+
+    def use(self, compute: Compute) -> None:
+        """Computes in the given way from now on."""
+
+    def training_step(self, batch: Batch, step: int) -> Tensor:
+        """The mean loss of a batch."""
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Held-out figures of the averaged weights."""
+
+
+def save_stage(
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    parent: Path,
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+) -> Path:
+    """Writes everything a stage needs to go on as a new checkpoint under `parent`.
+
+    Args:
+        stage: its networks, average and images seen.
+        optimizer: of the networks.
+        parent: folder of the stage's checkpoints.
+        config: the run's configuration as plain values.
+        fingerprints: of the dataset and of frozen networks.
+    """
+    state = {
+        "stage": stage.name,
+        "images_seen": stage.images_seen,
+        **fingerprints,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "git_commit": _git_commit(),
+    }
+    tensors = {
+        "weights": stage.networks.state_dict(),
+        "ema": stage.ema.network.state_dict(),
+        "optimizer": _optimizer_tensors(stage.networks, optimizer),
+    }
+    return save_checkpoint(parent, stage.images_seen, tensors, {"config": config, "state": state})
+
+
+def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
+    """Puts weights, average and images seen of `checkpoint` into `stage`.
+
+    Raises:
+        CheckpointError: it was made by networks of another shape.
+    """
+    load_weights(stage.networks, checkpoint.tensors("weights"), str(checkpoint.folder))
+    load_weights(stage.ema.network, checkpoint.tensors("ema"), str(checkpoint.folder))
+    stage.images_seen = int(checkpoint.document("state")["images_seen"])
+
+
+def restore_optimizer(stage: Stage, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Puts the optimizer's state of `checkpoint` into `optimizer`.
+
+    Raises:
+        CheckpointError: it was made by another optimizer.
+    """
+    tensors = checkpoint.tensors("optimizer")
+    for name, parameter in stage.networks.named_parameters():
+        mine = {key.split(".", 1)[0]: t for key, t in tensors.items() if key.split(".", 1)[1] == name}
+        if not mine:
+            continue
+        if any(t.numel() > 1 and t.shape != parameter.shape for t in mine.values()):
+            raise CheckpointError(f"{checkpoint.folder}: optimizer state of {name} is of another shape")
+        # `step` stays on the CPU unless the optimizer is fused on a GPU, where it wants it there.
+        optimizer.state[parameter] = {
+            key: t.to(parameter.device) if t.numel() > 1 or parameter.is_cuda else t
+            for key, t in mine.items()
+        }
+
+
+def _optimizer_tensors(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<what>.<parameter name>` -> tensor, for all state an optimizer keeps."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in networks.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _git_commit() -> str:
+    """The commit of the source, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
