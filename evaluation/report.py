@@ -1,0 +1,248 @@
+"""What came out of a run, for people and for programs: a contact sheet, `report.html` and `report.json`.
+
+The pictures are made from held-out captions with the averaged weights; nothing is picked by hand.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.progress import Progress
+from data.shards import Sample
+from evaluation.adherence import AdherenceJudge, JudgeError, load_judge, save_judge, score, train_judge
+from models.pipeline import Pipeline, Sampling
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+#: Pictures on the contact sheet.
+SHOWN = 48
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+        color: #1c2430; background: #fbfaf7 }}
+ h1 {{ font-weight: 600 }} h2 {{ margin-top: 2.5rem; font-weight: 600 }}
+ table {{ border-collapse: collapse }} td, th {{ padding: .3rem 1rem .3rem 0; text-align: left }}
+ td {{ font-variant-numeric: tabular-nums }} img {{ max-width: 100%; height: auto }}
+ pre {{ background: #f0eee8; padding: 1rem; overflow: auto }}
+</style></head><body>
+<h1>{title}</h1>
+<table>{figures}</table>
+{sections}
+<h2>Configuration</h2><pre>{config}</pre>
+</body></html>
+"""
+
+
+def contact_sheet(
+    images: Tensor, captions: Sequence[str] | None = None, columns: int = 8, scale: int = 2
+) -> Image.Image:
+    """A sheet of pictures uint8 `[N 3 H W]`, in rows, each above its caption where captions are given.
+
+    `scale` enlarges every pixel so many times.
+    """
+    N, _, H, W = images.shape
+    text_height = 46 if captions is not None else 0
+    gap = 6
+    cell_w, cell_h = W * scale + gap, H * scale + gap + text_height
+    rows = -(-N // columns)
+    sheet = Image.new("RGB", (min(columns, N) * cell_w + gap, rows * cell_h + gap), (251, 250, 247))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for i, pixels in enumerate(images):
+        x, y = gap + i % columns * cell_w, gap + i // columns * cell_h
+        picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        sheet.paste(picture.resize((W * scale, H * scale), Image.Resampling.NEAREST), (x, y))
+        if captions is not None:
+            lines = _wrap(draw, captions[i], font, W * scale)[:3]
+            draw.multiline_text((x, y + H * scale + 3), "\n".join(lines), (70, 76, 88), font, spacing=2)
+    return sheet
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a stage's `metrics.jsonl`; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Image.Image:
+    """Training and held-out loss of each stage over the images seen, as a picture."""
+    figure, axes = pyplot.subplots(
+        1, max(len(metrics), 1), figsize=(5.5 * max(len(metrics), 1), 3.6), squeeze=False
+    )
+    for axis, (stage, lines) in zip(axes[0], metrics.items(), strict=True):
+        for key, label in (("train_loss", "training"), ("val_loss", "held out")):
+            points = [(line["images"], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 12 else None)
+        axis.set(title=stage, xlabel="images seen", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pyplot.close(figure)
+    return Image.open(buffer)
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    figures: Mapping[str, Any],
+    pictures: Mapping[str, Image.Image],
+    config: Mapping[str, Any],
+) -> None:
+    """Writes `report.json`, `report.html` and each picture as `<name>.png` into `folder`.
+
+    Args:
+        folder: of the run.
+        title: of the page.
+        figures: content of `report.json`; nested mappings are shown as rows of their own.
+        pictures: heading -> picture; the file name is the heading in lower case with underscores.
+        config: shown at the end of the page.
+    """
+    sections = []
+    for heading, picture in pictures.items():
+        name = f"{heading.lower().replace(' ', '_')}.png"
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        _write(folder / name, buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
+        sections.append(
+            f'<h2>{html.escape(heading)}</h2><img src="data:image/png;base64,{data}" alt="{heading}">'
+        )
+    page = _PAGE.format(
+        title=html.escape(title),
+        figures="".join(_rows("", figures)),
+        sections="\n".join(sections),
+        config=html.escape(json.dumps(config, indent=2)),
+    )
+    _write(folder / "report.html", page.encode())
+    _write(folder / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def make_report(
+    folder: Path,
+    pipeline: Pipeline,
+    sampling: Sampling,
+    samples: Sequence[Sample],
+    judged: bool,
+    began: float,
+    config: Mapping[str, Any],
+) -> None:
+    """Makes pictures from the captions of held-out `samples` and writes the report of the run in `folder`.
+
+    Args:
+        folder: of the run, with its stages' metrics and checkpoints.
+        pipeline: of the run.
+        sampling: how to make the pictures.
+        samples: held-out; the pictures made are compared with what their captions say.
+        judged: whether the samples are landscapes, which the judge knows.
+        began: `time.perf_counter()` when the run began.
+        config: shown at the end of the page.
+    """
+    captions = [sample.caption for sample in samples]
+    with Progress("sampling held-out prompts", len(captions)) as progress:
+        made = pipeline(captions, range(len(captions)), sampling, progress=progress.update)
+    metrics = {
+        stage: read_metrics(folder / stage / "metrics.jsonl") for stage in ("autoencoder", "diffusion")
+    }
+    figures: dict[str, Any] = {"run": folder.name}
+    if judged:
+        judge = find_judge(folder.parent / "judge")
+        images = made.float() / 127.5 - 1
+        figures["adherence"] = score(judge, images, [sample.record for sample in samples])
+        figures["judge"] = dict(judge.card.accuracies)
+    figures |= {
+        "psnr_db": _last(metrics["autoencoder"], "val_psnr_db"),
+        "autoencoder_val_loss": _last(metrics["autoencoder"], "val_loss"),
+        "diffusion_val_loss": _last(metrics["diffusion"], "val_loss"),
+        "images_seen": _last(metrics["diffusion"], "images"),
+        "autoencoder_images_seen": _last(metrics["autoencoder"], "images"),
+        "seconds": time.perf_counter() - began,
+    }
+    real = torch.stack([sample.pixels for sample in samples[:SHOWN]])
+    pictures = {
+        "Contact sheet": contact_sheet(made[:SHOWN], captions[:SHOWN]),
+        "Held-out images": contact_sheet(real, captions[:SHOWN]),
+        "Curves": curves(metrics),
+    }
+    write_report(folder, f"Firstlight: {folder.name}", figures, pictures, config)
+    for line in _lines(figures):
+        print(line)
+
+
+def find_judge(folder: Path) -> AdherenceJudge:
+    """The judge kept in `folder`; trained and put there where there is none that can be used."""
+    try:
+        return load_judge(folder)
+    except JudgeError:
+        with Progress("training the judge of landscapes, % done", 100) as progress:
+            judge, _ = train_judge(seed=0, progress=lambda share: progress.update(round(100 * share)))
+        save_judge(judge, folder)
+        return judge
+
+
+def _last(metrics: Sequence[Mapping[str, float]], key: str) -> float | None:
+    return next((line[key] for line in reversed(metrics) if key in line), None)
+
+
+def _lines(figures: Mapping[str, Any]) -> list[str]:
+    """The figures a person looks for first, a line each."""
+    lines = []
+    if "adherence" in figures:
+        shares = ", ".join(f"{key} {value:.1%}" for key, value in figures["adherence"].items())
+        lines.append(f"Adherence of pictures to their prompts: {shares}")
+    if figures["psnr_db"] is not None:
+        lines.append(f"Held-out reconstruction: {figures['psnr_db']:.2f} dB PSNR")
+    return lines
+
+
+def _rows(prefix: str, figures: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            rows += _rows(f"{prefix}{key} ", value)
+        elif value is not None:
+            shown = (
+                f"{value:,.4g}"
+                if isinstance(value, float)
+                else f"{value:,}"
+                if isinstance(value, int)
+                else value
+            )
+            rows.append(f"<tr><th>{html.escape(prefix + key)}</th><td>{html.escape(str(shown))}</td></tr>")
+    return rows
+
+
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and draw.textlength(longer, font) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    return [*lines, line]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces a file whole, so that a reader never sees half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
