@@ -1,0 +1,130 @@
+"""From the command line to a function, and from any error to one clear line and an exit code.
+
+2 usage or configuration, 3 data, 4 checkpoint, 5 environment, 6 numerical, 130 interrupted, 143 terminated.
+`debug=true` shows the traceback as well.
+"""
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import register
+from data.index import DataError
+from evaluation.adherence import JudgeError
+from models.checkpoint import CheckpointError
+from models.registry import ConfigError, did_you_mean
+
+FOLDER = Path(__file__).parent
+
+EXIT_CODES: list[tuple[type[BaseException], int]] = [
+    (ConfigError, 2),
+    (HydraException, 2),
+    (OmegaConfBaseException, 2),
+    (DataError, 3),
+    (CheckpointError, 4),
+    (JudgeError, 4),
+    (OSError, 5),
+    (ImportError, 5),
+    (FloatingPointError, 6),
+    (KeyboardInterrupt, 130),
+]
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def main(name: str, function: Callable[[DictConfig], None]) -> None:
+    """Runs `function` with the configuration `<name>.yaml` composed with the command line, and exits.
+
+    Args:
+        name: of the configuration file.
+        function: gets the composed configuration.
+    """
+    register()
+    signal.signal(signal.SIGTERM, _terminate)
+    # Hydra would print and exit with 1 by itself; with this set it raises instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    debug = any(word in ("debug=true", "debug=True") for word in sys.argv[1:])
+    try:
+        _refuse_targets(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(function)()
+    except Terminated:
+        sys.exit(143)
+    except BaseException as error:
+        code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
+        if code is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"{name}.py: {explain(error, name)}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def explain(error: BaseException, name: str) -> str:
+    """One line: what is wrong and, for a misspelt word of the configuration `name`, what was meant."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; continue with resume=true"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; check that the path exists, is writable and has space"
+    option = re.search(r"Could not find '([\w/]+)/([\w.-]+)'", text)
+    if option:
+        group, word = option.groups()
+        return f"there is no {group}={word}{did_you_mean(word, _choices(group))}"
+    override = re.search(r"Could not override '([^']+)'", text)
+    key = override or re.search(r"full_key: (\S+)", text)
+    unknown = override or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    if unknown and key:
+        return f"there is no key '{key.group(1)}'{did_you_mean(key.group(1), _keys(name))}"
+    value = re.search(r"(Value|Invalid value) .*?(?= full_key)", text)
+    if value and key:
+        return f"{key.group(1)}: {value.group(0)}"
+    return text
+
+
+def _refuse_targets(words: list[str]) -> None:
+    """A `_target_` would name code to run; nothing here ever runs one, and asking for it is a mistake."""
+    for word in words:
+        if "_target_" in word.split("=", 1)[0]:
+            raise ConfigError(f"{word}: _target_ is not accepted; parts are chosen by name, as backbone=tiny")
+
+
+def _choices(group: str) -> list[str]:
+    files = [path.stem for path in (FOLDER / group).glob("*.yaml")]
+    try:
+        return files + [str(n).removesuffix(".yaml") for n in ConfigStore.instance().list(group)]
+    except OSError:
+        return files
+
+
+def _keys(name: str) -> list[str]:
+    """Every dotted key of the default configuration."""
+    with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
+        config = hydra.compose(name)
+    found: list[str] = []
+
+    def walk(node: object, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                found.append(f"{prefix}{key}")
+                walk(value, f"{prefix}{key}.")
+
+    walk(OmegaConf.to_container(config, throw_on_missing=False), "")
+    return found
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,150 @@
+"""Constructor signatures as typed Hydra configs.
+
+Every default is written once, in a constructor. Here each registered part becomes a structured config, so
+that a misspelt key, a wrong type or a value out of range fails when the config is composed. The YAML files beside
+this module hold differences only.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from data.datamodule import ShardData
+from data.rendered import RenderedLandscapes
+from models.registry import REGISTRY, Part, children, construct, options
+from models.stages.compute import TrainerOptions
+from models.stages.logs import CsvLog, TensorboardLog, WandbLog
+from models.stages.losses import ReconstructionLoss
+from models.stages.optim import AdamW
+from models.stages.plan import Plan
+
+#: Parts of training, which no checkpoint needs to be sampled from.
+TRAINING: dict[str, dict[str, Part]] = {
+    "optimizer/autoencoder": {"adamw": AdamW},
+    "optimizer/diffusion": {"adamw": AdamW},
+    "plan/autoencoder": {"plan": Plan},
+    "plan/diffusion": {"plan": Plan},
+    "reconstruction": {"pixels": ReconstructionLoss},
+    "data": {"shards": ShardData},
+    "rendered": {"landscapes": RenderedLandscapes},
+    "trainer": {"options": TrainerOptions},
+    "logger": {"csv": CsvLog, "wandb": WandbLog, "tensorboard": TensorboardLog},
+}
+
+
+class StageName(Enum):
+    """The stages `train.py` can run, in the order in which they run."""
+
+    autoencoder = "autoencoder"
+    diffusion = "diffusion"
+
+
+@dataclasses.dataclass
+class SamplingConfig:
+    """How pictures are made while and after training, and by default from the checkpoint."""
+
+    num_steps: int = 16
+    guidance_scale: float = 3.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """What `train.py` is told; every group is filled in from the defaults list of `train.yaml`."""
+
+    name: str | None = None
+    seed: int = 0
+    stages: list[StageName] = dataclasses.field(default_factory=lambda: list(StageName))
+    resume: bool = False
+    debug: bool = False
+    folder: str = "runs"
+    autoencoder: Any = MISSING
+    reconstruction: Any = MISSING
+    text_encoder: Any = MISSING
+    backbone: Any = MISSING
+    objective: Any = MISSING
+    sampler: Any = MISSING
+    grid: Any = MISSING
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    plan: Any = MISSING
+    optimizer: Any = MISSING
+    conditioning_dropout: float = 0.1
+    data: Any = MISSING
+    rendered: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    """What `sample.py` is told."""
+
+    checkpoint: str | None = None
+    prompt: Any = None  # a string, or a list of strings
+    prompts_file: str | None = None
+    num_images: int = 4
+    seed: int = 0
+    guidance_scale: float | None = None  # None: as the checkpoint was trained to be sampled
+    num_steps: int | None = None
+    batch_size: int = 16
+    size: int | None = None  # pixels; None: the training resolution
+    device: str = "auto"
+    output: str = "samples"
+    debug: bool = False
+    sampler: Any = MISSING
+    grid: Any = MISSING
+
+
+def register() -> None:
+    """Puts every part into Hydra's config store, under its group and name."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="sample_schema", node=SampleConfig)
+    for group, parts in {**REGISTRY, **TRAINING}.items():
+        for name, part in parts.items():
+            store.store(group=group, name=name, node=_schema(name, part))
+
+
+def make(group: str, config: Mapping[str, Any]) -> Any:
+    """The part of training that the plain values `config` of `group` describe.
+
+    Raises:
+        ConfigError: a value the part refuses.
+    """
+    values = {key: value for key, value in config.items() if key != "name"}
+    return construct(group.replace("/", "."), TRAINING[group][config["name"]], values)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """`config` as nested dicts and lists of JSON values; enums by their names."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return {str(key): _json(value) for key, value in dict(container).items()}  # type: ignore[arg-type]
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def _schema(name: str, part: Part) -> type:
+    """A dataclass with the part's options as fields, its children as free slots, and its name."""
+    fields: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
+    for option in options(part).values():
+        fields.append((option.name, option.annotation, _field(option.default)))
+    fields += [(child, Any, dataclasses.field(default=MISSING)) for child in children(part)]
+    return dataclasses.make_dataclass(f"{getattr(part, '__name__', name)}", fields)
+
+
+def _field(default: Any) -> Any:
+    if dataclasses.is_dataclass(default) or isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: default)
+    return dataclasses.field(default=default)

@@ -1,0 +1,345 @@
+"""Trains a text-to-image model: composes the configuration, says what it will cost, runs the stages.
+
+python train.py                                   landscapes, rendered by the project: two stages, pictures
+python train.py experiment=flowers                another whole run
+python train.py data.shards=PATH stages=[autoencoder]
+python train.py --help                            groups, and every key with its value
+"""
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from torch import Tensor
+
+from conf.cli import main
+from conf.schema import StageName, make, plain
+from data.batch import Batch
+from data.datamodule import DataModule, ShardData
+from data.index import DataError
+from data.progress import Progress
+from evaluation.report import contact_sheet, make_report
+from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
+from models.pipeline import MODEL_KEYS, Sampling, build_networks, check_size, load_pipeline, to_uint8
+from models.registry import ConfigError, build
+from models.stages.compute import Compute
+from models.stages.preflight import preflight, require_disk, show
+from models.stages.stage import Stage, restore_networks
+
+#: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
+REPORT_PICTURES = 256
+NORMALISATION_IMAGES = 1_024
+#: Parts of the configuration each stage depends on, which have to be the same when it goes on.
+DEPENDS = {
+    StageName.autoencoder: (
+        "autoencoder",
+        "reconstruction",
+        "data",
+        "seed",
+        "optimizer.autoencoder",
+        "plan.autoencoder",
+    ),
+    StageName.diffusion: (
+        *("autoencoder", "text_encoder", "backbone", "objective", "conditioning_dropout", "data", "seed"),
+        *("optimizer.diffusion", "plan.diffusion"),
+    ),
+}
+#: Keys below those that may differ all the same.
+FREE = (
+    *("images", "validate_every_images", "validation_images", "checkpoint_every_images", "log_every_images"),
+    *("shards", "workers", "max_bad_fraction"),
+)
+
+
+def train(config: DictConfig) -> None:
+    """Runs what the composed configuration describes, in stages that each leave a verified checkpoint."""
+    began = time.perf_counter()
+    run = Run(plain(config))
+    print(f"Firstlight: run {run.folder.name} into {run.folder}", flush=True)
+    run.open_data()
+    stages = run.prepare()
+    for stage in stages:
+        run.fit(stage)
+    run.report(bool(stages), began)
+
+
+class Run:
+    """One run: the parts its configuration describes, all built and checked before anything is written.
+
+    Args:
+        values: the configuration as plain values.
+
+    Raises:
+        ConfigError: a value cannot be used.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.names = [name for name in StageName if name.name in values["stages"]]
+        if not self.names:
+            raise ConfigError("stages is empty; give autoencoder, diffusion, or both")
+        self.trainer, self.logger = make("trainer", values["trainer"]), make("logger", values["logger"])
+        self.plans = {name: make(f"plan/{name.name}", values["plan"][name.name]) for name in StageName}
+        self.optimizers = {
+            name: make(f"optimizer/{name.name}", values["optimizer"][name.name]) for name in StageName
+        }
+        self.loss = make("reconstruction", values["reconstruction"])
+        self.data: ShardData = make("data", values["data"])
+        self.rendered = make("rendered", values["rendered"]) if self.data.shards is None else None
+        self.networks = build_networks(values)
+        check_size("data.resolution", self.data.resolution, self.networks[0], self.networks[2].min_divisor)
+        self.objective = build("objective", values["objective"])
+        self.sampling = Sampling(
+            float(values["sampling"]["guidance_scale"]),
+            int(values["sampling"]["num_steps"]),
+            build("sampler", values["sampler"]),
+            build("grid", values["grid"]),
+            seed=0,
+        )
+        self.config = {key: values[key] for key in MODEL_KEYS if key in values}
+        self.config |= {"resolution": self.data.resolution, "run": values}
+        self.folder = run_folder(values)
+        self.checkpoints: dict[StageName, Checkpoint | None] = {}
+        self.computes = Compute(torch.device("cpu"), False, False, False, "before the preflight")
+
+    def open_data(self) -> None:
+        """Opens the shards, rendering them first where the run has none of its own.
+
+        Raises:
+            DataError: a shard is missing or damaged, or there is nothing to train on.
+            OSError: the run's folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = self.data
+        if self.rendered is not None:
+            with Progress("rendering landscapes", self.rendered.images + self.rendered.held_out) as progress:
+                shards = self.rendered.write(options.resolution, torch.get_num_threads(), progress.advance)
+            options = replace(options, shards=str(shards))
+        seed = int(self.values["seed"])
+        self.train_set, self.val_set = options.open(seed, bad_samples=self.folder / "bad_samples.jsonl")
+        if not len(self.val_set):
+            raise DataError(
+                f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
+            )
+
+    def data_for(self, name: StageName) -> DataModule:
+        """Batches of the size a stage wants."""
+        text_encoder = self.networks[1]
+        return DataModule(
+            self.train_set,
+            self.val_set,
+            text_encoder.tokenizer,
+            self.plans[name].batch_size,
+            self.data.workers,
+        )
+
+    def prepare(self) -> list[Stage]:
+        """The stages that are still to be trained, restored to where they stopped, after the preflight.
+
+        Raises:
+            CheckpointError: the folder holds a run that this configuration does not continue.
+        """
+        stages: list[Stage] = []
+        for name in self.names:
+            checkpoint = newest(self.folder / name.name / "checkpoints")
+            self.checkpoints[name] = checkpoint
+            if checkpoint is not None:
+                self.check_same(name, checkpoint)
+                if checkpoint.images >= self.plans[name].images:
+                    print(f"stage {name.name}: done, {checkpoint.images:,} images seen ({checkpoint.folder})")
+                    continue
+                if not self.values["resume"]:
+                    raise CheckpointError(
+                        f"{checkpoint.folder}: stage {name.name} was stopped there, short of "
+                        f"{self.plans[name].images:,} images; go on with resume=true, or give another name"
+                    )
+            stage = self.build_stage(name)
+            if checkpoint is not None:
+                restore_networks(stage, checkpoint)
+            stages.append(stage)
+        if stages:
+            costs = [preflight(stage, self.probe_batch, self.trainer) for stage in stages]
+            show(costs, require_disk(self.folder, costs))
+        return stages
+
+    def check_same(self, name: StageName, checkpoint: Checkpoint) -> None:
+        """Refuses to go on from a checkpoint that was made with other settings or other data.
+
+        Raises:
+            CheckpointError: naming the first few keys that differ.
+        """
+        before = flatten(checkpoint.document("config")["run"], DEPENDS[name])
+        now = flatten(self.values, DEPENDS[name])
+        differ = [
+            f"{key} was {before.get(key)}, now {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.rsplit(".", 1)[-1] not in FREE
+        ]
+        if checkpoint.document("state")["dataset"] != self.train_set.fingerprint():
+            differ.append("the shards hold other samples")
+        if differ:
+            shown = "; ".join(differ[:3]) + (f"; and {len(differ) - 3} more" if len(differ) > 3 else "")
+            raise CheckpointError(
+                f"{checkpoint.folder} was made with other settings ({shown}); "
+                "use those again, or give this run another name=..."
+            )
+
+    def probe_batch(self, size: int) -> Batch:
+        """A batch of `size` samples from the start of the data, to measure with."""
+        samples = [self.train_set[i] for i in range(size)]
+        return self.data_for(self.names[0]).collate(samples)
+
+    def build_stage(self, name: StageName) -> Stage:
+        """The stage, with fresh weights."""
+        # Imported here because lightning takes seconds, which --help and --cfg need not wait for.
+        from models.stages.autoencoder import AutoencoderStage
+        from models.stages.diffusion import DiffusionStage
+
+        autoencoder, text_encoder, backbone = self.networks
+        seed, here = int(self.values["seed"]), Compute(torch.device("cpu"), False, False, False, "")
+        if name is StageName.autoencoder:
+            return AutoencoderStage(
+                autoencoder, self.loss, self.optimizers[name], self.plans[name], here, seed
+            )
+        return DiffusionStage(
+            copy.deepcopy(autoencoder),  # frozen, and filled once the autoencoder is trained
+            text_encoder,
+            backbone,
+            self.objective,
+            float(self.values["conditioning_dropout"]),
+            self.optimizers[name],
+            self.plans[name],
+            here,
+            seed,
+        )
+
+    def fit(self, stage: Stage) -> None:
+        """Trains `stage` to the end of its plan, with pictures on the way."""
+        from models.stages.autoencoder import AutoencoderStage
+        from models.stages.diffusion import DiffusionStage
+        from models.stages.fit import fit
+
+        name = StageName[stage.name]
+        data = self.data_for(name)
+        fingerprints = {"dataset": self.train_set.fingerprint()}
+        first = self.held_out(16)
+        if isinstance(stage, DiffusionStage):
+            tensors = self.averaged_autoencoder()
+            stage.load_autoencoder(tensors, str(self.folder))
+            fingerprints["autoencoder"] = fingerprint(tensors)
+        assert isinstance(stage, AutoencoderStage | DiffusionStage)
+
+        def show_pictures(images_seen: int) -> Path:
+            if isinstance(stage, AutoencoderStage):
+                pictures = to_uint8(stage.pictures(first)).cpu()
+            else:
+                pipeline = stage.pipeline(self.data.resolution)
+                pictures = pipeline(first.captions, range(len(first)), self.sampling)
+            return save_sheet(self.folder / stage.name / "pictures" / f"{images_seen:012d}.png", pictures)
+
+        def finish() -> None:
+            if isinstance(stage, AutoencoderStage):
+                stop = stage.images_seen + NORMALISATION_IMAGES
+                stage.finish(data.train_loader(stage.images_seen, stop))
+
+        fit(
+            stage,
+            data,
+            self.folder,
+            self.config,
+            fingerprints,
+            self.logger,
+            self.checkpoints[name],
+            finish,
+            show_pictures,
+        )
+
+    def averaged_autoencoder(self) -> dict[str, Tensor]:
+        """The weights of the finished autoencoder of this run.
+
+        Raises:
+            CheckpointError: there is none, or it was made with other settings.
+        """
+        checkpoint = newest(self.folder / "autoencoder" / "checkpoints")
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.folder}: the diffusion stage needs a trained autoencoder and there is none; "
+                "run both stages, or stages=[autoencoder] first"
+            )
+        self.check_same(StageName.autoencoder, checkpoint)
+        return checkpoint.tensors("ema")
+
+    def held_out(self, count: int) -> Batch:
+        """The first `count` held-out samples, as one batch."""
+        count = min(count, len(self.val_set))
+        return self.data_for(self.names[0]).held_out(count)
+
+    def report(self, trained: bool, began: float) -> None:
+        """Makes the pictures and figures of what there is, and says where they are and what to type next.
+
+        Args:
+            trained: whether this command trained anything; a report that is there is kept otherwise.
+            began: `time.perf_counter()` when the command began.
+        """
+        run = self.folder
+        if newest(run / "diffusion" / "checkpoints") is None:
+            print(f"\nThe autoencoder is trained: {run / 'autoencoder' / 'pictures'}")
+            print("Next: python train.py with the same settings and stages=[diffusion]")
+            return
+        if trained or not (run / "report.json").exists():
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            pipeline, config, _ = load_pipeline(run, device)
+            samples = [self.val_set[i] for i in range(min(REPORT_PICTURES, len(self.val_set)))]
+            make_report(run, pipeline, self.sampling, samples, self.rendered is not None, began, config)
+        print(f"\nPictures of held-out prompts: {run / 'contact_sheet.png'}")
+        print(f"Report: {run / 'report.html'} (figures: {run / 'report.json'})")
+        print(f'Next: python sample.py checkpoint={run} prompt="{self.val_set[0].caption}"')
+
+
+def run_folder(values: dict[str, Any]) -> Path:
+    """The folder of a run: `folder/name`, where the name is by default the experiment's."""
+    hydra = HydraConfig.get()
+    experiment = str(hydra.runtime.choices["experiment"])
+    name = values["name"] or experiment
+    shards = values["data"]["shards"]
+    if values["name"] is None and any(word.startswith("data.shards=") for word in hydra.overrides.task):
+        name = f"{experiment}-{Path(str(shards)).stem}"
+    if hydra.mode is RunMode.MULTIRUN:
+        name = f"{name}/{hydra.job.override_dirname.replace('/', '-') or hydra.job.num}"
+    return Path(values["folder"]) / name
+
+
+def flatten(values: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The leaves under the dotted `keys` of nested `values`, by their dotted names."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, name: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{name}.{key}")
+        else:
+            found[name] = node
+
+    for key in keys:
+        node = values
+        for part in key.split("."):
+            node = node[part]
+        walk(node, key)
+    return found
+
+
+def save_sheet(path: Path, pictures: Tensor) -> Path:
+    """Writes pictures uint8 `[N 3 H W]` as a sheet to `path`, and returns it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures).save(path)
+    return path
+
+
+if __name__ == "__main__":
+    main("train", train)
