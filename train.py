@@ -28,9 +28,9 @@ from evaluation.report import contact_sheet, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.pipeline import MODEL_KEYS, Sampling, build_networks, check_size, load_pipeline, to_uint8
 from models.registry import ConfigError, build
-from models.stages.compute import Compute
+from models.stages.compute import Compute, set_threads
 from models.stages.preflight import preflight, require_disk, show
-from models.stages.stage import Stage, restore_networks
+from models.stages.stage import Stage, restore_compute, restore_networks
 
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
@@ -92,9 +92,18 @@ class Run:
         self.loss = make("reconstruction", values["reconstruction"])
         self.data: ShardData = make("data", values["data"])
         self.rendered = make("rendered", values["rendered"]) if self.data.shards is None else None
-        self.networks = build_networks(values)
+        set_threads(self.trainer)
+        with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+            torch.manual_seed(int(values["seed"]))
+            self.networks = build_networks(values)
         check_size("data.resolution", self.data.resolution, self.networks[0], self.networks[2].min_divisor)
         self.objective = build("objective", values["objective"])
+        if not 0 <= values["conditioning_dropout"] < 1:
+            raise ConfigError(
+                f"conditioning_dropout is {values['conditioning_dropout']}, but must lie in [0, 1)"
+            )
+        if self.data.workers < 0:
+            raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = Sampling(
             float(values["sampling"]["guidance_scale"]),
             int(values["sampling"]["num_steps"]),
@@ -117,12 +126,18 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         options = self.data
-        if self.rendered is not None:
-            with Progress("rendering landscapes", self.rendered.images + self.rendered.held_out) as progress:
-                shards = self.rendered.write(options.resolution, torch.get_num_threads(), progress.advance)
-            options = replace(options, shards=str(shards))
         seed = int(self.values["seed"])
-        self.train_set, self.val_set = options.open(seed, bad_samples=self.folder / "bad_samples.jsonl")
+        try:
+            if self.rendered is not None:
+                total = self.rendered.images + self.rendered.held_out
+                with Progress("rendering landscapes", total) as progress:
+                    shards = self.rendered.write(
+                        options.resolution, torch.get_num_threads(), progress.advance
+                    )
+                options = replace(options, shards=str(shards))
+            self.train_set, self.val_set = options.open(seed, bad_samples=self.folder / "bad_samples.jsonl")
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from None
         if not len(self.val_set):
             raise DataError(
                 f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
@@ -164,7 +179,15 @@ class Run:
                 restore_networks(stage, checkpoint)
             stages.append(stage)
         if stages:
-            costs = [preflight(stage, self.probe_batch, self.trainer) for stage in stages]
+            costs = [
+                preflight(
+                    stage,
+                    self.probe_batch,
+                    self.trainer,
+                    restore_compute(self.checkpoints[StageName[stage.name]]),
+                )
+                for stage in stages
+            ]
             show(costs, require_disk(self.folder, costs))
         return stages
 
@@ -233,6 +256,12 @@ class Run:
             tensors = self.averaged_autoencoder()
             stage.load_autoencoder(tensors, str(self.folder))
             fingerprints["autoencoder"] = fingerprint(tensors)
+            before = self.checkpoints[name]
+            if before is not None and before.document("state")["autoencoder"] != fingerprints["autoencoder"]:
+                raise CheckpointError(
+                    f"{before.folder} was trained on the latents of another autoencoder than this run's; "
+                    "give this run another name=..., or restore the autoencoder"
+                )
         assert isinstance(stage, AutoencoderStage | DiffusionStage)
 
         def show_pictures(images_seen: int) -> Path:

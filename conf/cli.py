@@ -74,13 +74,15 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
 
 def explain(error: BaseException, name: str) -> str:
     """One line: what is wrong and, for a misspelt word of the configuration `name`, what was meant."""
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__  # Hydra's own message only says which override could not be merged
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; continue with resume=true"
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; check that the path exists, is writable and has space"
-    option = re.search(r"Could not find '([\w/]+)/([\w.-]+)'", text)
+    option = re.search(r"Could not find '([\w/]+)/([\w.-]*)'", text)
     if option:
         group, word = option.groups()
         return f"there is no {group}={word}{did_you_mean(word, _choices(group))}"
@@ -111,10 +113,10 @@ def _choices(group: str) -> list[str]:
 
 
 def _keys(name: str) -> list[str]:
-    """Every dotted key of the default configuration."""
+    """Every dotted key of the default configuration, and the names of the groups."""
     with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
         config = hydra.compose(name)
-    found: list[str] = []
+    found = [path.name for path in FOLDER.iterdir() if path.is_dir()]
 
     def walk(node: object, prefix: str) -> None:
         if isinstance(node, dict):

@@ -1,8 +1,8 @@
 """Constructor signatures as typed Hydra configs.
 
 Every default is written once, in a constructor. Here each registered part becomes a structured config, so
-that a misspelt key, a wrong type or a value out of range fails when the config is composed. The YAML files beside
-this module hold differences only.
+that a misspelt key, a wrong type or a value out of range fails when the config is composed. The YAML files
+beside this module hold differences only.
 """
 
 import dataclasses

@@ -32,6 +32,7 @@ class Frame:
 
 @lru_cache(maxsize=4)
 def frame_of(resolution: int) -> Frame:
+    """The pixel centres of pictures of `resolution` pixels a side, 0 left or top to 1."""
     at = ((np.arange(resolution) + 0.5) / resolution).astype(np.float32)
     margin = int(_MARGIN * resolution)
     wide = ((np.arange(-margin, resolution + margin) + 0.5) / resolution).astype(np.float32)
@@ -176,6 +177,7 @@ _GEOMETRY: dict[Terrain, Callable[[Frame, Textures, Draws], tuple[list[Ridge], f
 
 
 def land_of(scene: Scene, frame: Frame, tables: Textures) -> Land:
+    """The land of a scene, drawn from its own counter: the same at every resolution, but for the pixels."""
     draw = scene.draws(Purpose.GEOMETRY)
     window = int(draw.between(0, OFFSETS)), int(draw.between(0, OFFSETS))
     hue, tone, style, drift = (draw.between(-1.0, 1.0) for _ in range(4))

@@ -10,6 +10,7 @@ again, after a resume from before it, becomes images-000096000-1. The highest nu
 that is loaded, and two that verify are always kept. There is no pickle anywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,7 +33,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _KEEP = 2
 _NAME = re.compile(r"images-(\d+)(?:-(\d+))?")
-_STAGING = ".images-*.part"
+_HIDDEN = ".images-*.part"
 
 Tensors = Mapping[str, Tensor]
 
@@ -120,7 +121,7 @@ def save_checkpoint(
         OSError: the disk is full or not writable; nothing that was there before is touched.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in parent.glob(_STAGING):  # by a process that was killed
+    for abandoned in parent.glob(_HIDDEN):  # by a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     target = _free_name(parent, images)
     staging = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
@@ -276,13 +277,21 @@ def _remove_older(saved: Path) -> None:
     kept = 0
     for folder in reversed([p for p in _folders(saved.parent) if _rank(p) < _rank(saved)]):
         if kept == _KEEP - 1:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             continue
         try:
             Checkpoint(folder)
             kept += 1
         except CheckpointError as error:
             logger.warning("a damaged checkpoint does not count as one to keep: %s", error)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, out of sight first so that a kill leaves no half one; if it cannot be, it stays."""
+    hidden = folder.with_name(f".{folder.name}.old.part")
+    with contextlib.suppress(OSError):
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def _sha256(path: Path) -> str:

@@ -47,6 +47,8 @@ REGISTRY: dict[str, dict[str, Part]] = {
     "grid": {"uniform": uniform_grid, "log_snr": log_snr_grid},
 }
 
+#: So many known words may be listed in a message.
+_FEW = 12
 _INTERFACES: tuple[type, ...] = (Schedule, Parameterization, Weighting, TimeDistribution)
 
 
@@ -55,10 +57,12 @@ class ConfigError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or the known words where none is near."""
+    """` (did you mean 'x'?)` for the nearest known word; where none is near, the known words if few."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(known)})"
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f" (known: {', '.join(known)})" if len(known) <= _FEW else ""
 
 
 def options(part: Part) -> dict[str, inspect.Parameter]:

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "data", "evaluation", "conf", "scripts", "web")
+
+
+@pytest.fixture(scope="session")
+def sources() -> dict[str, str]:
+    """Path from the project's root -> text, of every Python file but the tests."""
+    paths = [*PROJECT.glob("*.py"), *(p for package in PACKAGES for p in (PROJECT / package).rglob("*.py"))]
+    return {p.relative_to(PROJECT).as_posix(): p.read_text(encoding="utf-8") for p in sorted(paths)}
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,8 @@ class Noise(Parameterization):
         if schedule.reaches_pure_noise:
             raise ValueError(
                 f"parameterization 'eps' cannot be used with {type(schedule).__name__}: at t = 1 its alpha is "
-                "0 and the noise says nothing about the image; use parameterization=v or flow, or schedule=edm"
+                "0 and the noise says nothing about the image; use parameterization=v or flow, or "
+                "schedule=edm"
             )
 
 

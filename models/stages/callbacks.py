@@ -93,8 +93,9 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.strip()]
-            kept = [line for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
+            # The last line was not finished where the run was killed, and has no newline.
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line.strip() for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
             self.path.write_text("".join(f"{line}\n" for line in kept))
         self._began = self._waited_since = time.perf_counter()
 

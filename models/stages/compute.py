@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.registry import ConfigError
+
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
 COMPILE_PAYS_AFTER = 1200
 
@@ -111,7 +113,10 @@ class Compute:
 
 
 def decide(
-    options: TrainerOptions, step_seconds: Callable[[Compute], float], steps: int
+    options: TrainerOptions,
+    step_seconds: Callable[[Compute], float],
+    steps: int,
+    before: Compute | None = None,
 ) -> tuple[Compute, float]:
     """The way to compute the training steps of a stage on this machine, and seconds a step.
 
@@ -122,39 +127,42 @@ def decide(
         options: what the user fixed.
         step_seconds: times a training step computed in a given way.
         steps: how many of them are to come.
+        before: how the run computed until it was stopped; kept, so that resuming changes no bit.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ConfigError: a GPU is asked for and there is none.
     """
-    if options.accelerator is Accelerator.cuda and not torch.cuda.is_available():
-        raise ValueError(
-            "accelerator is cuda, but this machine has no usable GPU; use trainer.accelerator=cpu"
-        )
     on_gpu = torch.cuda.is_available() and options.accelerator is not Accelerator.cpu
+    if options.accelerator is Accelerator.cuda and not on_gpu:
+        raise ConfigError(
+            "trainer.accelerator is cuda, but this machine has no usable GPU; use trainer.accelerator=cpu"
+        )
     device = torch.device("cuda" if on_gpu else "cpu")
-    instructions = None if on_gpu else _bf16_instructions()
-    reason = f"fastest here of {{}} ways timed{f', {instructions} found' if instructions else ''}"
-    worth_trying = [True] if on_gpu or instructions else [True, False]
-    precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(options.precision, worth_trying)
+    instructions = "GPU" if on_gpu else _bf16_instructions()
+    precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(
+        options.precision, [True] if instructions else [True, False]
+    )
     layouts = [True] if on_gpu else [True, False]
-    eager = [] if options.compile is Switch.on or (on_gpu and options.compile is Switch.auto) else [False]
-    compiled = [] if options.compile is Switch.off or eager or not _has_compiler(on_gpu) else [True]
-    ways = [
-        Compute(device, bf16, layout, mode, reason)
+    compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    compiled = options.compile is Switch.on or (options.compile is Switch.auto and on_gpu)
+    may_compile = options.compile is Switch.auto and compiler and not compiled
+    found = f"{instructions} found, " if instructions else ""
+    if before is not None and before.device == device and before.bf16 in precisions:
+        precisions, layouts, may_compile = [before.bf16], [before.channels_last], False
+        compiled = before.compiled if options.compile is Switch.auto else compiled
+        found = "as before the stop, "
+    timed = [
+        (step_seconds(way), way)
         for bf16 in precisions
         for layout in layouts
-        for mode in (eager or compiled or [False])
+        for way in [Compute(device, bf16, layout, compiled, "")]
     ]
-    timed = [(step_seconds(way), way) for way in ways]
     seconds, best = min(timed, key=lambda pair: pair[0])
-    if options.compile is Switch.auto and not on_gpu and _has_compiler(on_gpu):
-        if seconds * steps > COMPILE_PAYS_AFTER:
-            way = replace(best, channels_last=True, compiled=True)
-            timed.append((step_seconds(way), way))
-            seconds, best = min(timed, key=lambda pair: pair[0])
-        else:
-            reason += f", too short to compile (under {COMPILE_PAYS_AFTER // 60} min)"
-    return replace(best, reason=reason.format(len(timed))), seconds
+    if may_compile and seconds * steps > COMPILE_PAYS_AFTER:
+        way = replace(best, compiled=True)
+        timed.append((step_seconds(way), way))
+        seconds, best = min(timed, key=lambda pair: pair[0])
+    return replace(best, reason=f"{found}fastest of {len(timed)} timed"), seconds
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 4.0) -> float:
@@ -172,11 +180,6 @@ def seconds_a_call(call: Callable[[], object], device: torch.device, budget: flo
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
-
-
-def _has_compiler(on_gpu: bool) -> bool:
-    """Whether `torch.compile` has what it needs: Triton comes with torch, a C++ compiler may be missing."""
-    return on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def set_threads(options: TrainerOptions) -> None:

@@ -78,10 +78,15 @@ def fit(
         )
         for each in trainer.loggers:
             each.log_hyperparams(dict(config))
-        trainer.fit(stage, data.train_loader(start, plan.images))
+        try:
+            trainer.fit(stage, data.train_loader(start, plan.images))
+        except SystemExit:  # what Lightning makes of an interrupt
+            raise KeyboardInterrupt from None
         finish()
         validation.run(trainer)
         checkpointing.save(trainer)
+        for each in trainer.loggers:
+            each.save()
 
 
 class _RestoreOptimizer(Callback):

@@ -39,16 +39,19 @@ class Cost:
     compute: Compute
 
 
-def preflight(stage: Stage, batch: Callable[[int], Batch], options: TrainerOptions) -> Cost:
+def preflight(
+    stage: Stage, batch: Callable[[int], Batch], options: TrainerOptions, before: Compute | None = None
+) -> Cost:
     """The cost of what is left of `stage`, measured; the stage computes in the fastest way from here on.
 
     Args:
         stage: its networks may hold any weights; they are not changed.
         batch: makes a batch of that many samples, of the shapes of training.
         options: what the user fixed.
+        before: how the checkpoint was computed that the stage goes on from.
 
     Raises:
-        ValueError: the options ask for what the machine does not have.
+        ConfigError: the options ask for what the machine does not have.
     """
     images = max(stage.plan.images - stage.images_seen, 0)
     steps = -(-images // stage.plan.batch_size)
@@ -58,7 +61,7 @@ def preflight(stage: Stage, batch: Callable[[int], Batch], options: TrainerOptio
         whole = batch(stage.plan.batch_size).to(way.device)
         return seconds_a_call(lambda: _step(stage, whole), way.device)
 
-    compute, seconds_a_step = decide(options, step_seconds, steps)
+    compute, seconds_a_step = decide(options, step_seconds, steps, before)
     flops, activations = _count(stage, compute, batch)
     stage.use(compute)
     parameters = sum(p.numel() for p in stage.networks.parameters())

@@ -57,6 +57,12 @@ def save_stage(
         "stage": stage.name,
         "images_seen": stage.images_seen,
         **fingerprints,
+        "compute": {
+            "device": stage.compute.device.type,
+            "bf16": stage.compute.bf16,
+            "channels_last": stage.compute.channels_last,
+            "compiled": stage.compute.compiled,
+        },
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
     }
@@ -79,6 +85,16 @@ def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
     stage.images_seen = int(checkpoint.document("state")["images_seen"])
 
 
+def restore_compute(checkpoint: Checkpoint | None) -> Compute | None:
+    """The way `checkpoint` was computed; None where there is none, or it does not say."""
+    way = None if checkpoint is None else checkpoint.document("state").get("compute")
+    if way is None:
+        return None
+    return Compute(
+        torch.device(way["device"]), way["bf16"], way["channels_last"], way["compiled"], "as before"
+    )
+
+
 def restore_optimizer(stage: Stage, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Puts the optimizer's state of `checkpoint` into `optimizer`.
 
@@ -92,11 +108,15 @@ def restore_optimizer(stage: Stage, optimizer: torch.optim.Optimizer, checkpoint
             continue
         if any(t.numel() > 1 and t.shape != parameter.shape for t in mine.values()):
             raise CheckpointError(f"{checkpoint.folder}: optimizer state of {name} is of another shape")
-        # `step` stays on the CPU unless the optimizer is fused on a GPU, where it wants it there.
-        optimizer.state[parameter] = {
-            key: t.to(parameter.device) if t.numel() > 1 or parameter.is_cuda else t
-            for key, t in mine.items()
-        }
+        optimizer.state[parameter] = {key: _beside(parameter, t) for key, t in mine.items()}
+
+
+def _beside(parameter: Tensor, state: Tensor) -> Tensor:
+    """`state` where and laid out as an optimizer wants it for `parameter`."""
+    if state.shape != parameter.shape:  # a step counter: on the CPU unless the optimizer is fused on a GPU
+        return state.to(parameter.device) if parameter.is_cuda else state
+    # The fused kernel walks memory, so that state in another layout than the weights belongs to others.
+    return torch.empty_like(parameter, dtype=state.dtype).copy_(state)
 
 
 def _optimizer_tensors(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -116,12 +116,33 @@ def test_strided_and_shared_tensors_are_saved_by_value(tmp_path: Path) -> None:
 
 
 def test_the_highest_number_wins_over_the_latest_change_and_over_the_alphabet(tmp_path: Path) -> None:
-    save(tmp_path, 10**12)  # thirteen digits, which sort before the twelve of the others
-    save(tmp_path, 900)
-    save(tmp_path, 2_000)
-    os.utime(tmp_path / "images-000000000900", (2e9, 2e9))
+    save(tmp_path, 10**12 - 1)
+    save(tmp_path, 10**12)  # thirteen digits, which sort before the twelve nines
+    os.utime(tmp_path / f"images-{10**12 - 1}", (2e9, 2e9))
     os.utime(tmp_path / f"images-{10**12}", (1e9, 1e9))
     assert_whole(newest(tmp_path), 10**12)
+    save(tmp_path, 900)
+    assert_whole(newest(tmp_path), 10**12)
+    assert len(verified(tmp_path)) == 3  # a save removes nothing that lies above it
+
+
+def test_a_folder_is_on_the_disk_before_it_is_renamed_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(module, "_fsync", lambda path: order.append(path.name))
+
+    def renamed(path: Path, target: Path) -> Path:
+        order.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = save(tmp_path, 1)
+    assert set(order[:4]) == {p.name for p in folder.iterdir()} - {MANIFEST}
+    assert order[4] == MANIFEST
+    assert order[5].endswith(".part")
+    assert order[6:] == ["renamed", tmp_path.name]
 
 
 def test_names_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
@@ -148,6 +169,11 @@ def test_the_same_step_saved_again_is_chosen_and_does_not_touch_the_first(tmp_pa
     third = save(tmp_path, 5)
     assert verified(tmp_path) == [second.name, third.name]
     assert_whole(newest(tmp_path), 5)
+    last = [save(tmp_path, 5) for _ in range(10)][-1]
+    assert last.name == "images-000000000005-12"
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.folder == last
 
 
 def test_an_unknown_name_says_what_is_missing(tmp_path: Path) -> None:
@@ -189,14 +215,17 @@ def test_two_are_kept(tmp_path: Path) -> None:
 def test_never_fewer_than_two_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    counts = []
+    counts: list[int] = []
+
+    def counted(real: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def call(path: Path) -> Any:
+            counts.append(len(list(tmp_path.glob("images-*"))))
+            return real(path)
+
+        return call
+
     for name in ("_fsync", "_sha256"):
-        real = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda path, real=real: (counts.append(len(list(tmp_path.glob("images-*")))), real(path))[1],
-        )
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     save(tmp_path, 3)
     assert len(counts) > 10
     assert min(counts) >= 2

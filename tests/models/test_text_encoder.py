@@ -180,19 +180,14 @@ def test_random_tower_is_frozen_and_said_loudly(tower_json: Path, caplog: pytest
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["safetensors", "pt", "prefixed"])
-def test_local_weights_give_the_towers_own_states(tower_json: Path, tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("prefix", ["", "text.", "module.text."])
+def test_local_weights_give_the_towers_own_states(tower_json: Path, tmp_path: Path, prefix: str) -> None:
     from open_clip.transformer import TextTransformer as Tower
 
     tower = Tower(20, 49408, 32, 4, 2, output_dim=24, output_tokens=True)
     state = {**tower.state_dict(), "visual.proj": torch.zeros(3)}
-    if form == "prefixed":
-        state = {f"text.{key}": value for key, value in state.items()}
-    path = tmp_path / ("weights.pt" if form == "pt" else "weights.safetensors")
-    if form == "pt":
-        torch.save({"state_dict": state}, path)
-    else:
-        save_file(state, path)
+    path = tmp_path / "weights.safetensors"
+    save_file({f"{prefix}{key}": value for key, value in state.items()}, path)
     encoder = OpenClipTextEncoder(str(tower_json), str(path))
     tokens = encoder.tokenize(["a cat", "many words in this one"])
     torch.testing.assert_close(encoder(tokens).tokens, tower(tokens)[1])
@@ -228,6 +223,13 @@ def test_missing_weights_are_refused_at_once(
     with pytest.raises(error, match=message):
         OpenClipTextEncoder(model, pretrained)
     assert time.monotonic() - start < 2
+
+
+def test_weights_that_could_hold_code_are_refused(tower_json: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"positional_embedding": torch.zeros(20, 32)}, path)
+    with pytest.raises(ValueError, match=r"weights\.pt: not safetensors"):
+        OpenClipTextEncoder(str(tower_json), str(path))
 
 
 def test_weights_of_another_model_are_refused(tower_json: Path, tmp_path: Path) -> None:
