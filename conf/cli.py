@@ -4,6 +4,7 @@
 `debug=true` shows the traceback as well.
 """
 
+import functools
 import os
 import re
 import signal
@@ -56,10 +57,21 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # Hydra would print and exit with 1 by itself; with this set it raises instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[Exception] = []
+
+    @functools.wraps(function)
+    def job(config: DictConfig) -> None:
+        try:
+            function(config)
+        except Exception as error:  # Hydra would print a line of its own about it
+            failures.append(error)
+
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv[1:])
     try:
         _refuse_targets(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(function)()
+        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
+        if failures:
+            raise failures[0]
     except Terminated:
         sys.exit(143)
     except BaseException as error:

@@ -71,9 +71,8 @@ def _samples(seed: int, indices: range, resolution: int) -> Iterator[tuple[str, 
 
 
 def _write(path: Path, seed: int, indices: range, resolution: int) -> int:
-    """Writes one shard unless it is there already, whole; returns how many pictures it holds."""
-    if not _finished(path, len(indices)):
-        write_shard(path, _samples(seed, indices, resolution))
+    """Writes one shard; returns how many pictures it holds."""
+    write_shard(path, _samples(seed, indices, resolution))
     return len(indices)
 
 
@@ -131,13 +130,19 @@ def write_landscapes(
     plan = {"version": LANDSCAPES_VERSION, "seed": seed, "resolution": resolution, "shard_size": shard_size}
     _check_plan(folder, plan, {path.name for path, _ in jobs})
     report = progress if progress is not None else lambda done: None
-    if workers == 0:
-        for path, indices in jobs:
+    todo = []
+    for path, indices in jobs:
+        if _finished(path, len(indices)):
+            report(len(indices))
+        else:
+            todo.append((path, indices))
+    if min(workers, len(todo)) < 2:  # starting a process takes seconds
+        for path, indices in todo:
             report(_write(path, seed, indices, resolution))
     else:
         # Spawned, not forked: the caller may hold threads of torch, which a fork would leave locked.
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-            pending = [pool.submit(_write, path, seed, indices, resolution) for path, indices in jobs]
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+            pending = [pool.submit(_write, path, seed, indices, resolution) for path, indices in todo]
             for done in as_completed(pending):
                 report(done.result())
     return [path for path, _ in jobs]

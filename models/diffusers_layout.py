@@ -106,6 +106,10 @@ def unet_config(unet: UNet, sample_size: int | None = None) -> dict[str, Any]:
         raise ValueError(
             "position_size > 0: diffusers has no learned position map: train with position_size=0 to export"
         )
+    if unet.patch_size > 1:
+        raise ValueError(
+            "patch_size > 1: diffusers' UNet takes no patches: train with patch_size=1 to export"
+        )
     depths, middle = unet.transformer_depth, middle_depth(unet.transformer_depth)
     pooled = unet.pooled_embedding is not None
     return {

@@ -195,14 +195,15 @@ def load_pipeline(path: Path, device: torch.device) -> tuple[Pipeline, dict[str,
     tensors, config, sha256 = _read_run(path) if path.is_dir() else _read_export(path)
     try:
         networks = build_networks(config)
-    except (ConfigError, KeyError) as error:
+        objective: Objective = build("objective", config["objective"])
+        resolution = int(config["resolution"])
+    except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from None
     for name, network in zip(("autoencoder", "text_encoder", "backbone"), networks, strict=True):
         mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         load_weights(network, mine, f"{path}: {name}")
         network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    objective: Objective = build("objective", config["objective"])
-    return Pipeline(*networks, objective, int(config["resolution"])), config, sha256
+    return Pipeline(*networks, objective, resolution), config, sha256
 
 
 def build_networks(config: dict[str, Any]) -> tuple[Autoencoder, TextEncoder, UNet]:
@@ -276,4 +277,8 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         raise CheckpointError(
             f"{path}: not a model exported by scripts/export.py (no format {EXPORT_FORMAT!r})"
         )
-    return tensors, json.loads(metadata["config"]), metadata.get("checkpoint_sha256", sha256)
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is damaged ({error!r})") from None
+    return tensors, config, metadata.get("checkpoint_sha256", sha256)

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -199,7 +200,19 @@ class TextTransformer(TextEncoder):
         mask = self.causal[:length, :length]
         for block in self.blocks:
             x = block(x, mask)
-        return conditioning_from_states(self.norm_out(x).float(), tokens, self.mask_padding)
+        conditioning = conditioning_from_states(self.norm_out(x).float(), tokens, self.mask_padding)
+        return replace(conditioning, pooled=self.pool(conditioning.tokens, tokens))
+
+    @staticmethod
+    def pool(states: Tensor, tokens: Tensor) -> Tensor:
+        """The sum of the `states` [B L D] up to the first end token over the root of their number: [B D].
+
+        Every word reaches the pooled vector from the first step on, where the end token's own state (CLIP's
+        choice) would first have to learn to look at it.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        valid = (positions <= first_end(tokens)[:, None]).float()[:, :, None]
+        return (states * valid).sum(1) / valid.sum(1).sqrt()
 
 
 class OpenClipTextEncoder(TextEncoder):

@@ -1,8 +1,8 @@
 """Writes a trained model as one file: `python scripts/export.py RUN [OUT.safetensors]`.
 
-The file holds the averaged weights of all three networks and the configuration they are built from, and
-`sample.py checkpoint=OUT.safetensors` makes the same pictures from it as from the run. With `--diffusers FOLDER`
-backbone and autoencoder are written in diffusers' form instead, as FOLDER/unet and FOLDER/vae.
+The file holds the averaged weights of all three networks and the configuration they are built from;
+`sample.py checkpoint=OUT.safetensors` makes the same pictures from it as from the run. With `--diffusers
+FOLDER` backbone and autoencoder are written in diffusers' form instead, as FOLDER/unet and FOLDER/vae.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from models.diffusers_layout import (
     unet_to_diffusers,
 )
 from models.pipeline import export, load_pipeline
+from models.unet import UNet
 
 CHECKPOINT, ENVIRONMENT, INTERRUPTED = 4, 5, 130
 
@@ -90,6 +91,7 @@ def export_diffusers(run: Path, folder: Path) -> None:
     """
     pipeline, _, _ = load_pipeline(run, torch.device("cpu"))
     unet, autoencoder = pipeline.denoiser.backbone, pipeline.autoencoder
+    assert isinstance(unet, UNet)
     try:
         config = unet_config(unet, pipeline.resolution // autoencoder.factor)
         tensors = unet_to_diffusers(unet.state_dict())

@@ -55,8 +55,8 @@ class Noise(Parameterization):
     def check(self, schedule: Schedule) -> None:
         if schedule.reaches_pure_noise:
             raise ValueError(
-                f"parameterization 'eps' cannot be used with {type(schedule).__name__}: at t = 1 its alpha is "
-                "0 and the noise says nothing about the image; use parameterization=v or flow, or "
+                f"parameterization 'eps' cannot be used with {type(schedule).__name__}: at t = 1 its alpha "
+                "is 0 and the noise says nothing about the image; use parameterization=v or flow, or "
                 "schedule=edm"
             )
 

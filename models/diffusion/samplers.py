@@ -54,10 +54,10 @@ def multistep(
 ) -> Tensor:
     """As `euler`, second order at the same cost: `D` is extrapolated from the last two denoiser calls.
 
-    A two-step Adams-Bashforth in the integral above, in the family of DPM-Solver++(2M) (Lu et al. 2022, arXiv
-    2211.01095). `D` is taken as linear in `u = sigma/(alpha + sigma)` instead of in the log-SNR: `u` is finite
-    at both ends, so the first and the last step need no special case. With `y = alpha/sigma`, the mean of `u =
-    1/(1+y)` over a step is `log((1+y_s)/(1+y_t))/(y_s-y_t)`, and 0 for the step to `sigma = 0`.
+    A two-step Adams-Bashforth in the integral above, in the family of DPM-Solver++(2M) (Lu et al. 2022,
+    arXiv 2211.01095). `D` is taken as linear in `u = sigma/(alpha + sigma)` instead of in the log-SNR: `u`
+    is finite at both ends, so the first and the last step need no special case. With `y = alpha/sigma`, the
+    mean of `u = 1/(1+y)` over a step is `log((1+y_s)/(1+y_t))/(y_s-y_t)`, and 0 for the step to `sigma = 0`.
     """
     alpha, sigma = (c.double() for c in schedule(times))
     u = sigma / (alpha + sigma)

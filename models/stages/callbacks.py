@@ -95,8 +95,8 @@ class Metrics(Callback):
         if self.path.exists():
             # The last line was not finished where the run was killed, and has no newline.
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line.strip() for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
+            self.path.write_text("".join(kept))
         self._began = self._waited_since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
@@ -124,6 +124,11 @@ class Metrics(Callback):
         self.record(trainer, figures)
         self.progress.update(self.stage.images_seen, loss)
         self._losses, self._waited, self._began = [], 0.0, time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Counts time and waiting from now on, so that a validation is no part of the images/s."""
+        self._waited = 0.0
+        self._began = self._waited_since = time.perf_counter()
 
     def record(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
         """Writes figures at the images seen so far to the file and to the logger."""
@@ -161,7 +166,7 @@ class Validation(Callback):
         plan = self.stage.plan
         if crossed(self.stage, plan.validate_every_images) and self.stage.images_seen < plan.images:
             self.run(trainer)
-            self.metrics._began = time.perf_counter()
+            self.metrics.restart_clock()
 
     def run(self, trainer: Trainer) -> None:
         """Measures and shows now."""

@@ -168,6 +168,11 @@ def test_a_position_map_is_refused() -> None:
         unet_config(ours)
 
 
+def test_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="patch_size"):
+        unet_config(UNet(4, WIDTH, (16, 32), 1, (0, 1), head_dim=8, norm_groups=8, patch_size=2))
+
+
 def autoencoder_pair(levels: int, mid_attention: bool) -> tuple[Autoencoder, AutoencoderKL]:
     ours = Autoencoder((16, 16, 24, 32)[:levels], 1, 3, mid_attention, norm_groups=8)
     return ours, AutoencoderKL(**autoencoder_config(ours, sample_size=32))

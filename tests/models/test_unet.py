@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.conditioning import Conditioning
-from models.unet import UNet
+from models.unet import UNet, position_waves
 
 LENGTH, WIDTH = 6, 12
 
@@ -138,6 +138,29 @@ def test_position_map_breaks_translation_and_is_resized(
     exact = torch.nn.functional.interpolate(ramp, size=(16, 16), mode="bilinear", align_corners=False)
     unet.position = torch.nn.Parameter(exact)
     torch.testing.assert_close(unet(latents, C_NOISE, conditioning), resized)
+
+
+@torch.no_grad()
+def test_patches_are_the_same_network_on_unshuffled_latents(
+    conditioning: Conditioning, x: torch.Tensor, rng: torch.Generator
+) -> None:
+    """Patches of 2x2 are channels of a network that knows nothing of patches."""
+    options = {"channels": (16, 32), "blocks_per_level": 1, "transformer_depth": (0, 1), "head_dim": 8}
+    patched = UNet(4, WIDTH, **options, norm_groups=8, patch_size=2)
+    plain = UNet(16, WIDTH, **options, norm_groups=8)
+    randomise(patched, rng)
+    plain.load_state_dict(patched.state_dict())
+    unshuffled = torch.nn.functional.pixel_unshuffle(x, 2)
+    expected = torch.nn.functional.pixel_shuffle(plain(unshuffled, C_NOISE, conditioning), 2)
+    torch.testing.assert_close(patched(x, C_NOISE, conditioning), expected)
+    assert patched.min_divisor == 2 * plain.min_divisor
+
+
+def test_position_waves_tell_every_place_apart() -> None:
+    """At the start no two places have the same position vector, and left differs from right."""
+    waves = position_waves(16, 8)[0].flatten(1)
+    distances = torch.cdist(waves.T, waves.T) + torch.eye(64)
+    assert distances.min() > 0.1
 
 
 def test_a_fresh_network_predicts_zero(conditioning: Conditioning, x: torch.Tensor) -> None:

@@ -1,0 +1,67 @@
+"""The autoencoder stage: it learns, its loss belongs to samples, and its latents end up normalised."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from data.batch import Batch
+from models.diffusion.draws import Draws, Purpose
+
+MakeStage = Callable[..., Any]
+MakeBatch = Callable[..., Batch]
+
+
+def test_finishing_normalises_the_latents(make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    stage = make_stage("autoencoder")
+    network = stage.ema.network["autoencoder"]
+    batches = [make_batch(4), make_batch(3, 4)]
+    stage.finish(batches)
+    with torch.no_grad():
+        latents = torch.cat([network.mode(network.encode(batch.images)) for batch in batches])
+    assert latents.mean((0, 2, 3)).tolist() == pytest.approx([0.0] * 4, abs=1e-4)
+    assert latents.std((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
+    assert torch.equal(stage.autoencoder.latent_mean, network.latent_mean)
+    assert torch.equal(stage.autoencoder.latent_std, network.latent_std)
+    assert network.latent_mean.any()
+
+
+def test_it_learns_one_batch(make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    stage, batch = make_stage("autoencoder"), make_batch(4)
+    optimizer = stage.configure_optimizers()
+    before = stage.validate([batch])
+    for step in range(30):
+        stage.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        stage.ema.update(stage.networks, 4 * (step + 1), 4)
+    after = stage.validate([batch])
+    assert after["loss"] < 0.8 * before["loss"]
+    assert after["psnr_db"] > before["psnr_db"] + 0.5
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(
+    make_stage: MakeStage, make_batch: MakeBatch
+) -> None:
+    stage = make_stage("autoencoder")
+    whole = stage.training_step(make_batch(6), 0).item()
+    parts = [stage.training_step(make_batch(2, first), 0).item() for first in (0, 2, 4)]
+    assert whole == pytest.approx(sum(parts) / 3, rel=1e-4)
+
+
+def test_the_loss_is_what_it_says(make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    stage, batch = make_stage("autoencoder"), make_batch(2)
+    network = stage.autoencoder
+    moments = network.encode(batch.images)
+    noise = Draws(0, batch.indices).normal(Purpose.POSTERIOR, (4, 4, 4))
+    decoded = network.decode(network.sample(moments, noise))
+    wanted = (decoded - batch.images).square().mean() + 1e-5 * network.kl(moments).mean() / 64
+    assert stage.training_step(batch, 0).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_pictures_are_originals_and_reconstructions(make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    pictures = make_stage("autoencoder").pictures(make_batch(3))
+    assert pictures.shape == (6, 3, 16, 16)
+    assert torch.equal(pictures[:3], make_batch(3).images)
+    assert pictures.abs().max() <= 1

@@ -1,0 +1,115 @@
+"""How to compute is decided by timing, within what the user fixed, and kept when a run goes on."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.registry import ConfigError
+from models.stages import compute as module
+from models.stages.compute import Accelerator, Compute, Precision, Switch, TrainerOptions, decide, set_threads
+
+
+@pytest.fixture(autouse=True)
+def _a_cpu_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "_bf16_instructions", lambda: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+class Timer:
+    """Seconds a step, made up; remembers what was timed."""
+
+    def __init__(self, seconds: Callable[[Compute], float]) -> None:
+        self.seconds = seconds
+        self.asked: list[Compute] = []
+
+    def __call__(self, way: Compute) -> float:
+        self.asked.append(way)
+        return self.seconds(way)
+
+
+def test_the_fastest_is_taken() -> None:
+    timer = Timer(lambda way: 1 - 0.5 * way.bf16 + 0.1 * way.channels_last)
+    way, seconds = decide(TrainerOptions(), timer, steps=1)
+    assert (way.bf16, way.channels_last, way.compiled, seconds) == (True, False, False, 0.5)
+    assert len(timer.asked) == 4
+    assert "fastest of 4 timed" in way.reason
+    slow = Timer(lambda way: 1 + way.bf16 - 0.1 * way.channels_last)
+    assert str(decide(TrainerOptions(), slow, 1)[0]).startswith("cpu, float32, channels-last, eager (")
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+def test_a_fixed_precision_is_kept(precision: Precision) -> None:
+    worst = Timer(lambda way: 9.0 if way.bf16 == (precision is Precision.bf16) else 1.0)
+    way, _ = decide(TrainerOptions(precision=precision), worst, 1)
+    assert way.bf16 == (precision is Precision.bf16)
+    assert all(asked.bf16 == way.bf16 for asked in worst.asked)
+
+
+def test_compiling_only_where_it_pays() -> None:
+    timer = Timer(lambda way: 0.25 if way.compiled else 1.0)
+    assert not decide(TrainerOptions(), timer, 1000)[0].compiled
+    assert not any(way.compiled for way in timer.asked)
+    way, seconds = decide(TrainerOptions(), timer, 2000)
+    assert (way.compiled, seconds) == (True, 0.25)
+    slower = Timer(lambda way: 2.0 if way.compiled else 1.0)
+    assert not decide(TrainerOptions(), slower, 2000)[0].compiled
+    assert slower.asked[-1].compiled
+
+
+def test_compiling_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(lambda way: 5.0 if way.compiled else 1.0)
+    assert decide(TrainerOptions(compile=Switch.on), timer, 1)[0].compiled
+    assert all(way.compiled for way in timer.asked)
+    assert not decide(TrainerOptions(compile=Switch.off), Timer(lambda way: 1.0), 10**6)[0].compiled
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert not decide(TrainerOptions(), Timer(lambda way: 1.0), 10**6)[0].compiled
+
+
+def test_native_bfloat16_is_a_matter_of_course(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_bf16_instructions", lambda: "AMX")
+    timer = Timer(lambda way: 1.0 + way.bf16)
+    way, _ = decide(TrainerOptions(), timer, 1)
+    assert way.bf16
+    assert way.reason.startswith("AMX found")
+    assert len(timer.asked) == 2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_resumed_run_computes_as_before(compiled: bool) -> None:
+    before = Compute(torch.device("cpu"), False, True, compiled, "")
+    timer = Timer(lambda way: 1.0 - 0.5 * way.bf16 + 0.5 * way.channels_last)
+    way, _ = decide(TrainerOptions(), timer, 10**6, before)
+    assert (way.bf16, way.channels_last, way.compiled) == (False, True, compiled)
+    assert len(timer.asked) == 1
+    assert decide(TrainerOptions(precision=Precision.bf16), timer, 1, before)[0].bf16
+    assert not decide(TrainerOptions(compile=Switch.off), timer, 1, before)[0].compiled
+
+
+def test_no_gpu_to_ask_for() -> None:
+    with pytest.raises(ConfigError, match=r"use trainer.accelerator=cpu"):
+        decide(TrainerOptions(accelerator=Accelerator.cuda), Timer(lambda way: 1.0), 1)
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(TrainerOptions(threads=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="threads is -1"):
+        TrainerOptions(threads=-1)
+
+
+def test_autocast_and_layout() -> None:
+    way = Compute(torch.device("cpu"), True, True, False, "")
+    network = torch.nn.Conv2d(2, 4, 3)
+    way.place(network)
+    images = way.lay_out(torch.zeros(2, 2, 8, 8))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert network.weight.is_contiguous(memory_format=torch.channels_last)
+    with way.autocast():
+        assert network(images).dtype is torch.bfloat16
+    assert network.weight.dtype is torch.float32

@@ -1,0 +1,71 @@
+"""What a stage will cost: counted FLOPs, a probe that changes nothing, and a full disk found in time."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data.batch import Batch
+from models.stages.compute import Precision, Switch, TrainerOptions
+from models.stages.preflight import Cost, preflight, require_disk, show
+
+OPTIONS = TrainerOptions(precision=Precision.fp32, compile=Switch.off)
+MakeBatch = Callable[..., Batch]
+
+
+@pytest.fixture
+def cost(make_stage: Callable[..., Any], make_batch: MakeBatch) -> Cost:
+    return preflight(make_stage("autoencoder"), make_batch, OPTIONS)
+
+
+def test_the_probe_changes_nothing(make_stage: Callable[..., Any], make_batch: MakeBatch) -> None:
+    stage = make_stage("diffusion")
+    before = {k: v.clone() for k, v in stage.networks.state_dict().items()}
+    preflight(stage, make_batch, OPTIONS)
+    after = stage.networks.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(p.grad is None for p in stage.networks.parameters())
+    assert stage.images_seen == 0
+
+
+def test_flops_of_one_convolution(make_batch: MakeBatch, make_stage: Callable[..., Any]) -> None:
+    stage = make_stage("autoencoder")
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1)
+    stage.networks = torch.nn.ModuleDict({"layer": layer})
+    stage.training_step = lambda batch, step: layer(batch.images).square().mean()
+    forward = 2 * 3 * 5 * 9 * 16 * 16
+    # Its backward pass counts the gradient of the weights; the pictures need none.
+    assert preflight(stage, make_batch, OPTIONS).flops_an_image == 2 * forward
+
+
+def test_the_counts(cost: Cost, make_stage: Callable[..., Any]) -> None:
+    parameters = sum(p.numel() for p in make_stage("autoencoder").networks.parameters())
+    assert (cost.parameters, cost.batch_size, cost.images_to_go, cost.steps_to_go) == (parameters, 4, 16, 4)
+    assert cost.disk == 12 * 4 * parameters
+    assert cost.memory > 20 * parameters
+    assert cost.seconds > 0
+
+
+def test_what_is_left_after_a_stop(make_stage: Callable[..., Any], make_batch: MakeBatch) -> None:
+    stage = make_stage("autoencoder")
+    stage.images_seen = 12
+    assert preflight(stage, make_batch, OPTIONS).steps_to_go == 1
+
+
+def test_a_full_disk(cost: Cost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = cost.disk * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert require_disk(tmp_path / "runs" / "new", [cost, cost]) == free
+    with pytest.raises(OSError, match=r"free on its disk, but the checkpoints need .*folder="):
+        require_disk(tmp_path / "runs" / "new", [cost, cost, cost])
+
+
+def test_the_table(cost: Cost, capsys: pytest.CaptureFixture[str]) -> None:
+    show([cost], 2.0**31)
+    printed = capsys.readouterr().out
+    for word in ("autoencoder", "16 images, 4 steps", "cpu, float32", "2.00 GiB of disk are free"):
+        assert word in printed
