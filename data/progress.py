@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+#: Seconds between two lines where the output is no terminal.
+_PAUSE = 5.0
+
 
 class Progress:
     """Shows how far a count of images has come; a context manager.
@@ -24,6 +27,7 @@ class Progress:
         self.start = self._done = start
         self.console = Console(soft_wrap=True)
         self._began = time.perf_counter()
+        self._said = -_PAUSE
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -54,7 +58,9 @@ class Progress:
         rate = (done - self.start) / max(time.perf_counter() - self._began, 1e-9)
         note = f"{rate:,.0f} images/s" + ("" if loss is None else f"  loss {loss:.4f}")
         self._bar.update(self._task, completed=done, note=note)
-        if not self.console.is_terminal:
+        now = time.perf_counter()
+        if not self.console.is_terminal and (now - self._said >= _PAUSE or done >= self.total):
+            self._said = now
             left = max(self.total - done, 0) / max(rate, 1e-9)
             self.console.print(
                 f"{self.title}: {done:,}/{self.total:,} images  {note}  {duration(left)} left",
