@@ -115,7 +115,6 @@ class Run:
         self.config |= {"resolution": self.data.resolution, "run": values}
         self.folder = run_folder(values)
         self.checkpoints: dict[StageName, Checkpoint | None] = {}
-        self.computes = Compute(torch.device("cpu"), False, False, False, "before the preflight")
 
     def open_data(self) -> None:
         """Opens the shards, rendering them first where the run has none of its own.

@@ -69,6 +69,7 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv[1:])
     try:
         _refuse_targets(sys.argv[1:])
+        sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
         hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
         if failures:
             raise failures[0]
@@ -107,6 +108,20 @@ def explain(error: BaseException, name: str) -> str:
     if value and key:
         return f"{key.group(1)}: {value.group(0)}"
     return text
+
+
+def quoted(word: str) -> str:
+    """An override `prompt=...` with its text quoted, so that Hydra takes commas and brackets as they are.
+
+    A list, and a text that is quoted already, stay.
+    """
+    key, equals, text = word.partition("=")
+    if key != "prompt" or not equals or text[:1] in ("[", "'", '"'):
+        return word
+    # Inside quotes Hydra reads a backslash as itself, except before a quote and at the end.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    escaped = escaped.replace("${", "\\${")
+    return f"{key}='{escaped}'"
 
 
 def _refuse_targets(words: list[str]) -> None:

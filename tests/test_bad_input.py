@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from conf.cli import FOLDER, quoted
+from conf.schema import plain, register
 
 Command = Callable[..., int]
 SMALL = (
@@ -129,3 +133,28 @@ def test_an_empty_prompt_is_allowed(command: Command, model: Path, tmp_path: Pat
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
         "00000.json", "00000.png", "contact_sheet.png",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a clear night over the sea, the moon on the left",
+        "it's noon: hills (green), 100% sun = warm",
+        "a \\ backslash, {braces} and ${seed}",
+        'said "hello", left',
+        "",
+    ],
+)
+def test_a_prompt_is_taken_to_the_letter(text: str) -> None:
+    """Commas, quotes and brackets mean something to Hydra; in a prompt they are text."""
+    register()
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        config = compose("sample", overrides=[quoted(f"prompt={text}")])
+    assert plain(config)["prompt"] == text or (text == "" and plain(config)["prompt"] in ("", None))
+
+
+def test_a_list_of_prompts_stays_a_list() -> None:
+    register()
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        config = compose("sample", overrides=[quoted("prompt=[one,two]")])
+    assert plain(config)["prompt"] == ["one", "two"]
