@@ -1,7 +1,8 @@
 """Where and in which precision a run computes, and why.
 
-On a GPU that is bfloat16 autocast, channels-last and `torch.compile`. On a CPU a probe times a training step
-each way and takes the fastest; bfloat16 is a matter of course where the CPU multiplies it (AVX512-BF16, AMX).
+On a GPU that is bfloat16 autocast, channels-last and `torch.compile`; on a CPU that multiplies bfloat16
+(AMX, AVX512-BF16) it is bfloat16 in the layout that is faster there; elsewhere a probe times a training step
+each way.
 Weights, optimizer and loss stay float32 everywhere.
 """
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from models.registry import ConfigError
 
+#: Whether channels-last is faster, by what multiplies bfloat16; the figures are in docs/decisions/0002.
+_CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False}
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
 COMPILE_PAYS_AFTER = 1200
 
@@ -120,8 +123,10 @@ def decide(
 ) -> tuple[Compute, float]:
     """The way to compute the training steps of a stage on this machine, and seconds a step.
 
-    On a GPU it is bfloat16, channels-last and compiled. On a CPU the eager ways are timed; compiling is tried
-    as well where the run is long enough to earn back the minutes it takes, and kept where it is faster.
+    On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
+    the layout its kernels like, so that two runs of a seed compute alike; on another CPU the ways are timed.
+    Compiling is tried as well where the run is long enough to earn back the minutes it takes, and kept where
+    it is faster.
 
     Args:
         options: what the user fixed.
@@ -142,7 +147,7 @@ def decide(
     precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(
         options.precision, [True] if instructions else [True, False]
     )
-    layouts = [True] if on_gpu else [True, False]
+    layouts = [_CHANNELS_LAST[instructions]] if instructions else [True, False]
     compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     compiled = options.compile is Switch.on or (options.compile is Switch.auto and on_gpu)
     may_compile = options.compile is Switch.auto and compiler and not compiled
@@ -162,7 +167,8 @@ def decide(
         way = replace(best, compiled=True)
         timed.append((step_seconds(way), way))
         seconds, best = min(timed, key=lambda pair: pair[0])
-    return replace(best, reason=f"{found}fastest of {len(timed)} timed"), seconds
+    reason = f"{found}fastest of {len(timed)} timed" if len(timed) > 1 else f"{found}timed once"
+    return replace(best, reason=reason), seconds
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 4.0) -> float:
