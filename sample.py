@@ -3,7 +3,8 @@
     python sample.py checkpoint=runs/landscapes prompt="a clear dawn over the sea, the sun on the left"
     python sample.py checkpoint=model.safetensors prompts_file=prompts.txt num_images=2 seed=7 output=pictures
 
-Picture k of a seed is the same whatever the batch size: its noise depends on the seed and on k alone.
+The noise of picture k depends on the seed and on k alone. Matrix kernels change with the batch size, so that
+a few values may differ by one level of 255 between batch sizes.
 """
 
 import json
