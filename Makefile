@@ -17,8 +17,8 @@ demo: .venv/.installed  ## train a small model on this machine, from rendered la
 test: .venv/.installed  ## the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest
 
-slow: .venv/.installed  ## the tests that take minutes
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -m slow
+slow: .venv/.installed  ## the tests that take minutes, and those of several processes
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -m 'slow or distributed'
 
 lint: .venv/.installed  ## format, lint and types, nothing changed
 	@echo "checking format, lint and types"

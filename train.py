@@ -3,11 +3,16 @@
 python train.py                                   landscapes, rendered by the project: two stages, pictures
 python train.py experiment=flowers                another whole run
 python train.py data.shards=PATH stages=[autoencoder]
+python train.py trainer.devices=2                 two processes, each with half of every batch
 python train.py --help                            groups, and every key with its value
 """
 
 import copy
+import logging
+import os
+import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,52 +26,54 @@ from torch import Tensor
 from conf.cli import main
 from conf.schema import StageName, make, plain
 from data.batch import Batch
-from data.datamodule import DataModule, ShardData
+from data.datamodule import DataModule, ShardData, changes
 from data.index import DataError
+from data.moments import MomentsDataset, open_moments
 from data.progress import Progress
+from data.provenance import check_provenance, read_provenance
+from data.shards import ShardDataset
 from evaluation.report import contact_sheet, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.pipeline import MODEL_KEYS, Sampling, build_networks, check_size, load_pipeline, to_uint8
 from models.registry import ConfigError, build
-from models.stages.compute import Compute, set_threads
-from models.stages.preflight import preflight, require_disk, show
+from models.stages.compute import Compute, allow_shapes, set_threads
+from models.stages.depends import differences
+from models.stages.encoding import is_frozen, text_identity
+from models.stages.launch import launch, stay_with_parent
+from models.stages.lock import run_lock
+from models.stages.preflight import Cost, preflight, require_disk, show
+from models.stages.ranks import Ranks
+from models.stages.session import Session
 from models.stages.stage import Stage, restore_compute, restore_networks
 
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
-#: Parts of the configuration each stage depends on, which have to be the same when it goes on.
-DEPENDS = {
-    StageName.autoencoder: (
-        "autoencoder",
-        "reconstruction",
-        "data",
-        "seed",
-        "optimizer.autoencoder",
-        "plan.autoencoder",
-    ),
-    StageName.diffusion: (
-        *("autoencoder", "text_encoder", "backbone", "objective", "conditioning_dropout", "data", "seed"),
-        *("optimizer.diffusion", "plan.diffusion"),
-    ),
-}
-#: Keys below those that may differ all the same.
-FREE = (
-    *("images", "validate_every_images", "validation_images", "checkpoint_every_images", "log_every_images"),
-    *("shards", "workers", "max_bad_fraction"),
-)
 
 
 def train(config: DictConfig) -> None:
     """Runs what the composed configuration describes, in stages that each leave a verified checkpoint."""
-    began = time.perf_counter()
-    run = Run(plain(config))
-    print(f"Firstlight: run {run.folder.name} into {run.folder}", flush=True)
-    run.open_data()
-    stages = run.prepare()
-    for stage in stages:
-        run.fit(stage)
-    run.report(bool(stages), began)
+    began, values = time.perf_counter(), plain(config)
+    options = make("trainer", values["trainer"])
+    if options.devices > 1 and "RANK" not in os.environ:
+        sys.exit(launch(options.devices))
+    stay_with_parent()
+    with ExitStack() as stack:
+        ranks = stack.enter_context(Ranks.join(options.timeout))
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.ERROR)
+        run = Run(values, ranks)
+        pids = [int(pid) for (pid,) in ranks.gather([os.getpid()])]
+        if ranks.first:
+            stack.enter_context(run_lock(run.folder, pids))
+        run.say(f"Firstlight: run {run.folder.name} into {run.folder}")
+        run.open_data()
+        stages = run.prepare()
+        for stage in stages:
+            run.fit(stage)
+        if ranks.first:
+            run.report(bool(stages), began)
+        ranks.wait()
 
 
 class Run:
@@ -74,17 +81,19 @@ class Run:
 
     Args:
         values: the configuration as plain values.
+        ranks: the processes that train together.
 
     Raises:
         ConfigError: a value cannot be used.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], ranks: Ranks) -> None:
         self.values = values
+        self.ranks = ranks
         self.names = [name for name in StageName if name.name in values["stages"]]
         if not self.names:
             raise ConfigError("stages is empty; give autoencoder, diffusion, or both")
-        self.trainer, self.logger = make("trainer", values["trainer"]), make("logger", values["logger"])
+        self.trainer = make("trainer", values["trainer"])
         self.plans = {name: make(f"plan/{name.name}", values["plan"][name.name]) for name in StageName}
         self.optimizers = {
             name: make(f"optimizer/{name.name}", values["optimizer"][name.name]) for name in StageName
@@ -92,7 +101,7 @@ class Run:
         self.loss = make("reconstruction", values["reconstruction"])
         self.data: ShardData = make("data", values["data"])
         self.rendered = make("rendered", values["rendered"]) if self.data.shards is None else None
-        set_threads(self.trainer)
+        set_threads(self.trainer, ranks.local_size)
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
             torch.manual_seed(int(values["seed"]))
             self.networks = build_networks(values)
@@ -102,6 +111,12 @@ class Run:
             raise ConfigError(
                 f"conditioning_dropout is {values['conditioning_dropout']}, but must lie in [0, 1)"
             )
+        for name in self.names:
+            if self.plans[name].batch_size % ranks.size:
+                raise ConfigError(
+                    f"plan.{name.name}.batch_size is {self.plans[name].batch_size}, the batch of all ranks, "
+                    f"but does not divide by {ranks.size} ranks"
+                )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = Sampling(
@@ -114,7 +129,21 @@ class Run:
         self.config = {key: values[key] for key in MODEL_KEYS if key in values}
         self.config |= {"resolution": self.data.resolution, "run": values}
         self.folder = run_folder(values)
+        self.session = Session(
+            self.folder,
+            self.config,
+            self.trainer,
+            make("logger", values["logger"]),
+            make("keep", values["keep"]),
+            ranks,
+        )
         self.checkpoints: dict[StageName, Checkpoint | None] = {}
+        self.moments: tuple[MomentsDataset, MomentsDataset] | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all ranks."""
+        if self.ranks.first:
+            print(text, flush=True)
 
     def open_data(self) -> None:
         """Opens the shards, rendering them first where the run has none of its own.
@@ -123,18 +152,24 @@ class Run:
             DataError: a shard is missing or damaged, or there is nothing to train on.
             OSError: the run's folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         options = self.data
         seed = int(self.values["seed"])
         try:
             if self.rendered is not None:
                 total = self.rendered.images + self.rendered.held_out
-                with Progress("rendering landscapes", total) as progress:
+                if not self.ranks.first:
+                    self.ranks.wait()
+                with Progress("rendering landscapes", total, shown=self.ranks.first) as progress:
                     shards = self.rendered.write(
-                        options.resolution, torch.get_num_threads(), progress.advance
+                        options.resolution, torch.get_num_threads() * self.ranks.local_size, progress.advance
                     )
+                if self.ranks.first:
+                    self.ranks.wait()
                 options = replace(options, shards=str(shards))
-            self.train_set, self.val_set = options.open(seed, bad_samples=self.folder / "bad_samples.jsonl")
+            autoencoder, _, backbone = self.networks
+            self.train_set, self.val_set = options.open(
+                seed, self.folder / "bad_samples.jsonl", autoencoder.factor * backbone.min_divisor
+            )
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
         if not len(self.val_set):
@@ -142,16 +177,53 @@ class Run:
                 f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
             )
 
+    def open_moments(self) -> None:
+        """Opens the moments that the diffusion stage is to read instead of pictures, where they are given.
+
+        Raises:
+            CheckpointError: the autoencoder that should have made them is not there, or not finished.
+            DataError: something else made them.
+        """
+        options = self.data
+        if options.precomputed is None or StageName.diffusion not in self.names:
+            return
+        done = self.newest(StageName.autoencoder)
+        if done is None or done.images < self.plans[StageName.autoencoder].images:
+            raise CheckpointError(
+                f"{self.folder}: data.precomputed is set, but the autoencoder is not trained yet; run "
+                f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
+            )
+        text_encoder, folder = self.networks[1], Path(options.precomputed)
+        with_text = is_frozen(text_encoder) and read_provenance(folder).text is not None
+        check_provenance(
+            folder,
+            fingerprint(done.tensors("ema")),
+            options.resolution,
+            text_identity(text_encoder) if with_text else None,
+            {
+                "random_crop": options.random_crop,
+                "flip": options.flip,
+                "background": list(options.background),
+            },
+        )
+        self.moments = open_moments(
+            str(folder), int(self.values["seed"]), options.val_fraction, options.block_shards, with_text,
+            options.missing_caption, options.max_bad_fraction, self.folder / "bad_samples.jsonl",
+            options.where,
+        )  # fmt: skip
+
     def data_for(self, name: StageName) -> DataModule:
         """Batches of the size a stage wants."""
-        text_encoder = self.networks[1]
-        return DataModule(
-            self.train_set,
-            self.val_set,
-            text_encoder.tokenizer,
-            self.plans[name].batch_size,
-            self.data.workers,
-        )
+        tokenizer = self.networks[1].tokenizer
+        pictures: tuple[ShardDataset | MomentsDataset, ShardDataset | MomentsDataset]
+        pictures = (self.train_set, self.val_set)
+        train, val = self.moments if name is StageName.diffusion and self.moments else pictures
+        data = DataModule(
+            train, val, tokenizer, self.plans[name].batch_size,
+            self.data.workers, self.data.worker_timeout, tokenizer.dropped,
+        )  # fmt: skip
+        allow_shapes(len(data.shapes))
+        return data
 
     def prepare(self) -> list[Stage]:
         """The stages that are still to be trained, restored to where they stopped, after the preflight.
@@ -160,13 +232,16 @@ class Run:
             CheckpointError: the folder holds a run that this configuration does not continue.
         """
         stages: list[Stage] = []
+        self.open_moments()
         for name in self.names:
-            checkpoint = newest(self.folder / name.name / "checkpoints")
+            checkpoint = self.newest(name)
             self.checkpoints[name] = checkpoint
             if checkpoint is not None:
                 self.check_same(name, checkpoint)
                 if checkpoint.images >= self.plans[name].images:
-                    print(f"stage {name.name}: done, {checkpoint.images:,} images seen ({checkpoint.folder})")
+                    self.say(
+                        f"stage {name.name}: done, {checkpoint.images:,} images seen ({checkpoint.folder})"
+                    )
                     continue
                 if not self.values["resume"]:
                     raise CheckpointError(
@@ -177,18 +252,30 @@ class Run:
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
             stages.append(stage)
-        if stages:
-            costs = [
-                preflight(
-                    stage,
-                    self.probe_batch,
-                    self.trainer,
-                    restore_compute(self.checkpoints[StageName[stage.name]]),
-                )
-                for stage in stages
-            ]
+        costs = [self.cost(stage) for stage in stages]
+        if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
         return stages
+
+    def newest(self, name: StageName) -> Checkpoint | None:
+        """The last verified checkpoint of a stage, the same one on every rank."""
+        mine = newest(self.folder / name.name / "checkpoints") if self.ranks.first else None
+        folder = self.ranks.share(None if mine is None else str(mine.folder))
+        return mine if mine is not None or folder is None else Checkpoint(Path(folder))
+
+    def cost(self, stage: Stage) -> Cost:
+        """What is left of `stage` costs, as the first rank measured it; all compute in that way then."""
+        if self.ranks.first:
+            before = restore_compute(self.checkpoints[StageName[stage.name]])
+            data = self.data_for(StageName[stage.name])
+            cost = preflight(stage, data.probe, self.session, before)
+            way = cost.compute
+            self.ranks.share([way.device.type, way.bf16, way.channels_last, way.compiled, way.reason])
+            return cost
+        kind, *rest = self.ranks.share(None)
+        compute = Compute(torch.device(kind), *rest)
+        stage.use(compute)
+        return Cost(stage.name, 0, 0.0, stage.plan.batch_size, 0, 0, 0.0, 0.0, 0.0, compute)
 
     def check_same(self, name: StageName, checkpoint: Checkpoint) -> None:
         """Refuses to go on from a checkpoint that was made with other settings or other data.
@@ -196,26 +283,22 @@ class Run:
         Raises:
             CheckpointError: naming the first few keys that differ.
         """
-        before = flatten(checkpoint.document("config")["run"], DEPENDS[name])
-        now = flatten(self.values, DEPENDS[name])
-        differ = [
-            f"{key} was {before.get(key)}, now {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key.rsplit(".", 1)[-1] not in FREE
-        ]
-        if checkpoint.document("state")["dataset"] != self.train_set.fingerprint():
-            differ.append("the shards hold other samples")
+        state = checkpoint.document("state")
+        differ = differences(name.name, checkpoint.document("config")["run"], self.values)
+        data = self.data_for(name).train
+        if state["dataset"] != data.fingerprint():
+            found = changes(state["data"], data.describe()) if "data" in state else []
+            told = "the shards hold other samples" + "".join(f"; {change}" for change in found[:5])
+            if not self.data.allow_change:
+                differ.append(f"{told}; if that is meant, data.allow_change=true goes on with them")
+            else:
+                self.say(f"{checkpoint.folder}: {told}; goes on with them, as data.allow_change says")
         if differ:
             shown = "; ".join(differ[:3]) + (f"; and {len(differ) - 3} more" if len(differ) > 3 else "")
             raise CheckpointError(
                 f"{checkpoint.folder} was made with other settings ({shown}); "
                 "use those again, or give this run another name=..."
             )
-
-    def probe_batch(self, size: int) -> Batch:
-        """A batch of `size` samples from the start of the data, to measure with."""
-        samples = [self.train_set[i] for i in range(size)]
-        return self.data_for(self.names[0]).collate(samples)
 
     def build_stage(self, name: StageName) -> Stage:
         """The stage, with fresh weights."""
@@ -245,11 +328,14 @@ class Run:
         """Trains `stage` to the end of its plan, with pictures on the way."""
         from models.stages.autoencoder import AutoencoderStage
         from models.stages.diffusion import DiffusionStage
-        from models.stages.fit import fit
+        from models.stages.fit import Work, fit
 
         name = StageName[stage.name]
         data = self.data_for(name)
-        fingerprints = {"dataset": self.train_set.fingerprint()}
+        fingerprints: dict[str, Any] = {
+            "dataset": data.train.fingerprint(),
+            "data": data.train.describe(),
+        }
         first = self.held_out(16)
         if isinstance(stage, DiffusionStage):
             tensors = self.averaged_autoencoder()
@@ -276,17 +362,7 @@ class Run:
                 stop = stage.images_seen + NORMALISATION_IMAGES
                 stage.finish(data.train_loader(stage.images_seen, stop))
 
-        fit(
-            stage,
-            data,
-            self.folder,
-            self.config,
-            fingerprints,
-            self.logger,
-            self.checkpoints[name],
-            finish,
-            show_pictures,
-        )
+        fit(Work(stage, data, fingerprints, self.checkpoints[name], finish, show_pictures), self.session)
 
     def averaged_autoencoder(self) -> dict[str, Tensor]:
         """The weights of the finished autoencoder of this run.
@@ -294,7 +370,7 @@ class Run:
         Raises:
             CheckpointError: there is none, or it was made with other settings.
         """
-        checkpoint = newest(self.folder / "autoencoder" / "checkpoints")
+        checkpoint = self.newest(StageName.autoencoder)
         if checkpoint is None:
             raise CheckpointError(
                 f"{self.folder}: the diffusion stage needs a trained autoencoder and there is none; "
@@ -341,25 +417,6 @@ def run_folder(values: dict[str, Any]) -> Path:
     if hydra.mode is RunMode.MULTIRUN:
         name = f"{name}/{hydra.job.override_dirname.replace('/', '-') or hydra.job.num}"
     return Path(values["folder"]) / name
-
-
-def flatten(values: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The leaves under the dotted `keys` of nested `values`, by their dotted names."""
-    found: dict[str, Any] = {}
-
-    def walk(node: Any, name: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f"{name}.{key}")
-        else:
-            found[name] = node
-
-    for key in keys:
-        node = values
-        for part in key.split("."):
-            node = node[part]
-        walk(node, key)
-    return found
 
 
 def save_sheet(path: Path, pictures: Tensor) -> Path:

@@ -22,11 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import register
 from data.index import DataError
+from data.loader import WorkerError
 from evaluation.adherence import JudgeError
 from models.checkpoint import CheckpointError
 from models.registry import ConfigError, did_you_mean
+from models.stages.signals import Stopped
 
 FOLDER = Path(__file__).parent
+#: Keys whose values are taken to the letter.
+_TEXTS = ("prompt", "data.where")
+_FIRST = os.environ.get("RANK", "0") == "0"
 
 EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (ConfigError, 2),
@@ -37,6 +42,7 @@ EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (JudgeError, 4),
     (OSError, 5),
     (ImportError, 5),
+    (WorkerError, 5),
     (FloatingPointError, 6),
     (KeyboardInterrupt, 130),
 ]
@@ -75,13 +81,20 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
             raise failures[0]
     except Terminated:
         sys.exit(143)
+    except Stopped as stop:
+        if _FIRST:
+            print(f"{name}.py: stopped and saved; continue with resume=true", file=sys.stderr, flush=True)
+        sys.exit(stop.code)
     except BaseException as error:
         code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
         if code is None:
             raise
         if debug:
             traceback.print_exc()
-        print(f"{name}.py: {explain(error, name)}", file=sys.stderr, flush=True)
+        # What every rank meets alike is said once; what befell one of them it says itself.
+        if _FIRST or not isinstance(error, (ConfigError, CheckpointError, FloatingPointError)):
+            rank = "" if _FIRST else f"rank {os.environ['RANK']}: "
+            print(f"{name}.py: {rank}{explain(error, name)}", file=sys.stderr, flush=True)
         sys.exit(code)
 
 
@@ -111,12 +124,12 @@ def explain(error: BaseException, name: str) -> str:
 
 
 def quoted(word: str) -> str:
-    """An override `prompt=...` with its text quoted, so that Hydra takes commas and brackets as they are.
+    """An override of a text in words, quoted, so that Hydra takes commas, brackets and > as they are.
 
     A list, and a text that is quoted already, stay.
     """
     key, equals, text = word.partition("=")
-    if key != "prompt" or not equals or text[:1] in ("[", "'", '"'):
+    if key not in _TEXTS or not equals or text[:1] in ("[", "'", '"'):
         return word
     # Inside quotes Hydra reads a backslash as itself, except before a quote and at the end.
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)

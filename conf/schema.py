@@ -18,6 +18,7 @@ from data.datamodule import ShardData
 from data.rendered import RenderedLandscapes
 from models.registry import REGISTRY, Part, children, construct, options
 from models.stages.compute import TrainerOptions
+from models.stages.keep import Keep
 from models.stages.logs import CsvLog, TensorboardLog, WandbLog
 from models.stages.losses import ReconstructionLoss
 from models.stages.optim import AdamW
@@ -33,6 +34,7 @@ TRAINING: dict[str, dict[str, Part]] = {
     "data": {"shards": ShardData},
     "rendered": {"landscapes": RenderedLandscapes},
     "trainer": {"options": TrainerOptions},
+    "keep": {"checkpoints": Keep},
     "logger": {"csv": CsvLog, "wandb": WandbLog, "tensorboard": TensorboardLog},
 }
 
@@ -76,6 +78,7 @@ class TrainConfig:
     data: Any = MISSING
     rendered: Any = MISSING
     trainer: Any = MISSING
+    keep: Any = MISSING
     logger: Any = MISSING
 
 
@@ -145,6 +148,11 @@ def _schema(name: str, part: Part) -> type:
 
 
 def _field(default: Any) -> Any:
-    if dataclasses.is_dataclass(default) or isinstance(default, (list, dict)):
+    if isinstance(default, dict):
+        # Its keys are the user's own; those given are added to the default's.
+        return dataclasses.field(
+            default_factory=lambda: OmegaConf.create(dict(default), flags={"struct": False})
+        )
+    if dataclasses.is_dataclass(default) or isinstance(default, list):
         return dataclasses.field(default_factory=lambda: default)
     return dataclasses.field(default=default)

@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from data.shards import Sample
+from data.shards import Rows, Sample
 
 
 @dataclass(frozen=True)
 class Batch:
     """`pixels` uint8 [B 3 H W], `tokens` int64 [B L], `indices` int64 [B] (global), captions and keys B each.
 
-    `substituted` counts the samples that stand for an unusable one.
+    `substituted` counts the samples that stand for an unusable one, `truncated` the captions that were too
+    long for the text encoder. From precomputed shards come `moments`,
+    float [B 2C h w], and `pixels` are then empty, [B 0]; perhaps also `text`, the encoded captions as (tokens
+    [B L D], mask bool [B L], pooled [B D]), and then `tokens` are empty, [B 0]: a row that masks all is "".
     """
 
     pixels: Tensor
@@ -27,39 +30,53 @@ class Batch:
     captions: list[str]
     keys: list[str]
     substituted: int = 0
+    moments: Tensor | None = None
+    text: tuple[Tensor, Tensor, Tensor] | None = None
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     @property
     def images(self) -> Tensor:
-        """RGB float32 [B 3 H W] in [-1, 1], on the batch's device."""
+        """RGB float32 [B 3 H W] in [-1, 1], on the batch's device; ValueError for a batch of moments."""
+        if self.moments is not None:
+            raise ValueError("a batch of precomputed moments has no images; read the pictures' own shards")
         return self.pixels.float().div_(127.5).sub_(1.0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=non_blocking),
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            indices=self.indices.to(device, non_blocking=non_blocking),
-        )
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Returns the batch with its tensors in page-locked memory, which a device copies without waiting."""
+        return self._moved(lambda tensor: tensor.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        text = self.text
         return replace(
             self,
-            pixels=self.pixels.pin_memory(),
-            tokens=self.tokens.pin_memory(),
-            indices=self.indices.pin_memory(),
+            pixels=move(self.pixels),
+            tokens=move(self.tokens),
+            indices=move(self.indices),
+            moments=None if self.moments is None else move(self.moments),
+            text=None if text is None else (move(text[0]), move(text[1]), move(text[2])),
         )
 
 
 class Collate:
-    """Makes a Batch of samples; `tokenize` turns B captions into int64 [B L] and must be picklable."""
+    """Makes a Batch of samples; `tokenize` turns B captions into int64 [B L] and must be picklable.
 
-    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
+    `dropped` says how many tokens of each caption find no room; None counts no captions as truncated.
+    """
+
+    def __init__(
+        self,
+        tokenize: Callable[[list[str]], Tensor],
+        dropped: Callable[[list[str]], list[int]] | None = None,
+    ) -> None:
         self.tokenize = tokenize
+        self.dropped = dropped
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Returns the batch; raises ValueError where `tokenize` does not give int64 [B L]."""
@@ -69,11 +86,25 @@ class Collate:
             raise ValueError(
                 f"{len(samples)} captions: tokenize gave {tokens.dtype} {list(tokens.shape)}, not int64 [B L]"
             )
+        if isinstance(samples, Rows):
+            pixels = samples.pixels
+        else:
+            pixels = torch.stack([sample.pixels for sample in samples])
         return Batch(
-            pixels=torch.stack([sample.pixels for sample in samples]),
+            pixels=pixels,
             tokens=tokens,
             indices=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
             captions=captions,
             keys=[sample.key for sample in samples],
             substituted=sum(sample.substituted for sample in samples),
+            truncated=self._truncated(captions, tokens),
         )
+
+    def _truncated(self, captions: list[str], tokens: Tensor) -> int:
+        """Returns how many captions were cut; only those whose row has no padding are looked at."""
+        if self.dropped is None or not captions:
+            return 0
+        # Padding repeats the end token, so the last two of a row that is not full are the same.
+        padded = (tokens[:, -1] == tokens[:, -2]).tolist()
+        full = [caption for caption, short in zip(captions, padded, strict=True) if not short]
+        return sum(count > 0 for count in self.dropped(full)) if full else 0

@@ -9,38 +9,57 @@ workers=2).train_loader(start=0, stop=100_000)`.
 
 import logging
 import math
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.batch import Batch, Collate
-from data.index import open_split
-from data.order import GlobalBatchSampler, Order
-from data.shards import MissingCaption, ShardDataset
-from data.transforms import Decoder, ResizeCrop
+from data.buckets import BucketPlan, Buckets, Counted, bucket_shapes, write_left_out
+from data.cache import ShardCache
+from data.caption_choice import CaptionChoice
+from data.index import DataError, IndexView, open_split
+from data.loader import Loader, WorkerError
+from data.mixture import Mixture, Plan
+from data.moments import MomentsCollate, MomentsDataset
+from data.order import GlobalBatchSampler, Order, Purpose, mix
+from data.reader import FieldReader
+from data.shards import MissingCaption, ShardDataset, changes
+from data.transforms import BadSample, Decoder, ResizeCrop, decode_json
 
 VAL_SEED = 0  # the held-out pictures are read in one order whatever the run's seed, so that runs compare
-PREFETCH = 4  # batches each worker prepares ahead
+FIRST_RECORDS = 100  # samples whose JSON shows which texts there are
+
+__all__ = ["DataModule", "Loader", "ShardData", "WorkerError", "changes"]
 
 log = logging.getLogger(__name__)
+
+
+class Shares(dict[str, float]):
+    """Names with their shares, as a default that a constructor's signature shows: a dict cannot be one."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class ShardData:
     """The options of a dataset of shards, plain values only.
 
-    `shards` is a folder, a pattern or a tar; without one the landscapes are rendered; `resolution` in pixels;
-    `val_fraction` is held out where the folder has no train/ and val/; `random_crop` and `flip` concern
-    training only; `background` is the (R, G, B) transparent pixels are laid on; `block_shards` are mixed
-    together at a time; `workers` processes load, 0 loads in place.
+    `shards` is a folder, a pattern, a tar or an address; without one, and without `sources`, the landscapes
+    are rendered. `sources` are several such places with their weights, `where` a filter on what the index
+    knows of a sample, `unique` leaves out duplicates. `captions` are fields with probabilities, `txt` or
+    `json.NAME`. `resolution` in pixels; with `buckets` above 1 pictures keep their shape as nearly as so many
+    shapes allow, long sides up to `max_aspect` short ones. `val_fraction` is held out where the folder has no
+    train/ and val/; `random_crop` and `flip` concern training only; `background` is the (R, G, B) transparent
+    pixels are laid on; `block_shards` are mixed together at a time, and remote ones are kept in the folder
+    `cache` up to `cache_gb` GB; `workers` processes load, 0 loads in place, and one that gives nothing for
+    `worker_timeout` seconds is given up. The diffusion stage reads moments from the folder `precomputed`
+    where one is given; `allow_change` lets a run go on with other samples than it began with.
     """
 
     shards: str | None = None
@@ -53,34 +72,163 @@ class ShardData:
     max_bad_fraction: float = 0.001
     block_shards: int = 64
     workers: int = 1
+    sources: dict[str, float] = Shares()  # noqa: RUF009 - nobody changes it
+    where: str = ""
+    unique: bool = False
+    captions: dict[str, float] = Shares(txt=1.0)  # noqa: RUF009 - nobody changes it
+    buckets: int = 1
+    max_aspect: float = 2.0
+    cache: str = "cache"
+    cache_gb: float = 50.0
+    worker_timeout: float = 300.0
+    precomputed: str | None = None
+    allow_change: bool = False
 
-    def open(self, seed: int, bad_samples: Path | None = None) -> tuple[ShardDataset, ShardDataset]:
-        """Returns (train, val); val may be empty. Raises DataError for shards, ValueError for options."""
+    def __post_init__(self) -> None:
+        if self.shards is not None and self.sources:
+            raise ValueError("shards and sources are both set; put the shards among the sources")
+        if self.cache_gb <= 0 or self.worker_timeout <= 0:
+            raise ValueError(
+                f"cache_gb={self.cache_gb}, worker_timeout={self.worker_timeout}; both must be above 0"
+            )
+        if self.buckets != 1:
+            bucket_shapes(self.resolution, 1, self.buckets, self.max_aspect)
+        for values in (self.sources, self.captions):
+            if wrong := [name for name, value in values.items() if type(value) not in (int, float)]:
+                raise ValueError(f"{wrong[0]} is given {values[wrong[0]]!r}, which is no number")
+        plain = CaptionChoice(self.captions).is_plain
+        if self.precomputed is not None and (self.sources or self.unique or self.buckets != 1 or not plain):
+            raise ValueError(
+                "precomputed shards are of one source, in squares, with the captions of txt; leave out "
+                "sources, unique, buckets and captions"
+            )
+
+    def places(self) -> dict[str, float]:
+        """Returns where the shards are, each with its weight; raises ValueError where nothing is given."""
+        if self.sources:
+            return self.sources
         if self.shards is None:
             raise ValueError("shards is not set; give the folder of the shards")
-        train_view, val_view = open_split(self.shards, self.val_fraction)
+        return {self.shards: 1.0}
+
+    def open(
+        self, seed: int, bad_samples: Path | None = None, divisor: int = 1
+    ) -> tuple[ShardDataset, ShardDataset]:
+        """Returns (train, val); val may be empty. Raises DataError for shards, ValueError for options.
+
+        Sides of pictures are multiples of `divisor`: what the networks halve them by. Samples that fit no
+        shape are written to `left_out.jsonl` beside `bad_samples`.
+        """
+        places = {where: weight for where, weight in self.places().items() if weight}
+        cache = ShardCache(Path(self.cache), int(self.cache_gb * 1e9))
+        splits = [open_split(where, self.val_fraction, self.where, self.unique, cache) for where in places]
+        train_views, val_views = ([split[side] for split in splits] for side in (0, 1))
+        check_room(train_views, self.block_shards, cache)
+        reader, captions = FieldReader(cache), CaptionChoice(self.captions)
+        for where, view in zip(places, train_views, strict=True):
+            captions.check(where, view.index.catalogue.schema().fields, partial(_texts, view, reader))
         decoder = Decoder(background=self.background)
+        common = (self.missing_caption, self.max_bad_fraction, bad_samples, captions, reader)
         train = ShardDataset(
-            train_view,
-            Order(train_view.counts, seed, self.block_shards),
+            train_views,
+            self._plan(train_views, list(places.values()), seed, divisor, bad_samples),
             decoder,
             ResizeCrop(self.resolution, self.random_crop, self.flip),
             seed,
-            self.missing_caption,
-            self.max_bad_fraction,
-            bad_samples,
+            *common,
+            records=False,
         )
+        counts = [count for view in val_views for count in view.counts]
         val = ShardDataset(
-            val_view,
-            Order(val_view.counts, VAL_SEED, max(1, len(val_view.counts))),
+            val_views,
+            Order(counts, VAL_SEED, max(1, len(counts))),
             decoder,
             ResizeCrop(self.resolution),
             VAL_SEED,
-            self.missing_caption,
-            self.max_bad_fraction,
-            bad_samples,
+            *common,
         )
         return train, val
+
+    def _plan(
+        self,
+        views: Sequence[IndexView],
+        weights: Sequence[float],
+        seed: int,
+        divisor: int,
+        bad_samples: Path | None,
+    ) -> Plan:
+        # A source's order is its own, but that of the first is what it would be alone.
+        seeds = [seed, *(mix(seed, Purpose.SOURCE, number) for number in range(1, len(views)))]
+        if self.buckets == 1:
+            orders = [Order(v.counts, s, self.block_shards) for v, s in zip(views, seeds, strict=True)]
+            return Mixture(orders, weights, seed)
+        shapes = bucket_shapes(self.resolution, divisor, self.buckets, self.max_aspect)
+        counted = [Counted(view, Buckets(shapes, Decoder().max_aspect)) for view in views]
+        if bad_samples is not None:
+            write_left_out(bad_samples.with_name("left_out.jsonl"), counted)
+        if sum(len(each.left) for each in counted) == sum(len(view) for view in views):
+            raise DataError("no sample fits a shape: the index knows no picture's size; set data.buckets=1")
+        return BucketPlan(counted, weights, 1, seeds, self.block_shards)
+
+
+def check_room(views: Sequence[IndexView], block_shards: int, cache: ShardCache) -> None:
+    """Raises ValueError where a block of remote shards does not fit into half of the cache.
+
+    The block that is read and the next one, which is fetched meanwhile, have to lie there together.
+    """
+    needed = 0
+    for view in views:
+        sizes = np.sort([header.size for header in view.index.headers if header.remote])
+        needed += int(sizes[-block_shards:].sum())
+    if needed > cache.max_bytes / 2:
+        raise ValueError(
+            f"block_shards={block_shards}: a block of remote shards is up to {needed / 1e9:.3g} GB, and half "
+            f"of the cache is {cache.max_bytes / 2e9:.3g} GB; raise data.cache_gb to "
+            f"{2.1 * needed / 1e9:.3g} or lower data.block_shards"
+        )
+
+
+def _texts(view: IndexView, reader: FieldReader) -> set[str]:
+    """Returns the names of texts in the JSON of the first samples of a view."""
+    names: set[str] = set()
+    for position in range(min(FIRST_RECORDS, view.counts[first := int(np.argmax(view.counts))])):
+        index, row = view.sample(first, position)
+        with suppress(BadSample):
+            data = reader.read(index, row, frozenset(["json"])).take("json")
+            names |= {k for k, value in decode_json(data or b"{}").items() if isinstance(value, str)}
+    return names
+
+
+class _Prefetching:
+    """The lists of another batch sampler; ahead of them, the shards they need are fetched into the cache.
+
+    Each time half a block's samples have gone by, the cache is told all shards of the next block's worth.
+    """
+
+    def __init__(self, sampler: GlobalBatchSampler, dataset: ShardDataset) -> None:
+        self.sampler = sampler
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        window, cache = self.dataset.plan.window(), self.dataset.reader.cache
+        assert cache is not None  # else no remote shard could be opened
+        told = -window
+        for batch in self.sampler:
+            if batch[0] >= told + window // 2:
+                told = batch[0]
+                cache.prefetch(self._needed(told, told + max(window, self.sampler.batch_size)))
+            yield batch
+
+    def _needed(self, first: int, last: int) -> list[tuple[str, int, str]]:
+        """Returns (shard, size, sha256) of the remote shards of samples [first, last), in order of use."""
+        sources, shards, _, _ = self.dataset.plan.places(np.arange(first, last))
+        pairs = np.stack([sources, shards], 1)
+        _, at = np.unique(pairs, axis=0, return_index=True)
+        headers = (self.dataset.views[s].index.headers[n] for s, n in pairs[np.sort(at)].tolist())
+        return [(header.shard, header.size, header.sha256) for header in headers if header.remote]
 
 
 class _Batches:
@@ -99,46 +247,75 @@ class _Batches:
 
 
 class DataModule:
-    """Makes the loaders of a run. `batch_size` is global; `tokenize` turns B captions into int64 [B L]."""
+    """Makes the loaders of a run. `batch_size` is global; `tokenize` turns B captions into int64 [B L].
+
+    `dropped` says how many tokens of each caption find no room (`Batch.truncated`); None counts none.
+    """
 
     def __init__(
         self,
-        train: ShardDataset,
-        val: ShardDataset,
+        train: ShardDataset | MomentsDataset,
+        val: ShardDataset | MomentsDataset,
         tokenize: Callable[[list[str]], Tensor],
         batch_size: int,
         workers: int = 1,
+        worker_timeout: float = 300.0,
+        dropped: Callable[[list[str]], list[int]] | None = None,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers={workers}; it must be 0 or more")
-        self.train = train
         self.val = val
-        self.collate = Collate(tokenize)
+        self.collate: Callable[[Any], Batch]
+        if isinstance(train, MomentsDataset):
+            self.train: ShardDataset | MomentsDataset = train
+            self.collate = MomentsCollate(tokenize)
+        else:
+            self.train = train.for_batches(batch_size)
+            self.collate = Collate(tokenize, dropped)
         self.batch_size = batch_size
         self.workers = workers
+        self.worker_timeout = worker_timeout
 
     def fingerprint(self) -> str:
         """Returns the identity of the training data in hex, to be kept in checkpoints."""
         return self.train.fingerprint()
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes (width, height) in pixels of training batches; none of precomputed moments."""
+        return () if isinstance(self.train, MomentsDataset) else self.train.shapes
+
+    def probe(self, size: int) -> Batch:
+        """Returns `size` training samples of one shape, the first of a run with such batches."""
+        if isinstance(self.train, MomentsDataset):
+            return self.collate(self.train.__getitems__(list(range(size))))
+        return self.collate(self.train.for_batches(size).__getitems__(list(range(size))))
+
     def held_out(self, count: int) -> Batch:
         """Returns the first `count` held-out samples as one batch, fewer where fewer are held out."""
         return self.collate([self.val[i] for i in range(min(count, len(self.val)))])
 
-    def train_loader(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+    def train_loader(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Returns this rank's batches of the samples [start, stop) of the run, in the run's order.
 
         Each batch holds batch_size / world_size samples; the last global batch is whole and may pass `stop`.
-        Raises ValueError where the batch does not divide by the ranks.
+        Raises ValueError where the batch does not divide by the ranks, or where shapes would mix.
         """
+        if len(self.shapes) > 1 and start % self.batch_size:
+            raise ValueError(
+                f"start={start} is no multiple of batch_size={self.batch_size}, which data.buckets needs"
+            )
         if self.batch_size > len(self.train):
             log.warning(
                 "%d training samples are fewer than the global batch of %d: batches repeat them",
                 len(self.train), self.batch_size,
             )  # fmt: skip
-        return self._loader(self.train, GlobalBatchSampler(self.batch_size, start, stop, rank, world_size))
+        sampler = GlobalBatchSampler(self.batch_size, start, stop, rank, world_size)
+        if isinstance(self.train, MomentsDataset) or not self.train.is_remote:
+            return self._loader(self.train, sampler)
+        return self._loader(self.train, _Prefetching(sampler, self.train))
 
-    def val_loader(self, images: int, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
+    def val_loader(self, images: int, rank: int = 0, world_size: int = 1) -> Loader:
         """Returns this rank's share of the first `images` held-out samples, in an order no seed changes.
 
         Central crops, no flips; fewer where fewer are held out, maybe none. Keep the loader: its workers
@@ -148,28 +325,5 @@ class DataModule:
         first, last = (images * r // world_size for r in (rank, rank + 1))
         return self._loader(self.val, _Batches(first, last, max(1, self.batch_size // world_size)))
 
-    def _loader(self, dataset: ShardDataset, sampler: GlobalBatchSampler | _Batches) -> DataLoader[Batch]:
-        # Its type parameter is the samples' type in torch, whatever the collate function makes of them.
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            collate_fn=self.collate,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=_context() if self.workers else None,
-            persistent_workers=self.workers > 0,
-            prefetch_factor=PREFETCH if self.workers else None,
-            # Without one of its own, a loader draws from torch's global generator and moves it.
-            generator=torch.Generator().manual_seed(0),
-        )
-        return loader
-
-
-def _context() -> BaseContext:
-    """Returns how workers are started: by a fork server where there is one, else spawned."""
-    if sys.platform == "win32":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # The server imports torch once, so that each worker starts in milliseconds.
-    context.set_forkserver_preload(["__main__", "data.batch"])
-    return context
+    def _loader(self, dataset: ShardDataset | MomentsDataset, sampler: Iterable[list[int]]) -> Loader:
+        return Loader(dataset, sampler, self.collate, self.workers, self.worker_timeout)

@@ -23,7 +23,7 @@ from PIL import Image
 from data.landscape_captions import PATTERNS, caption
 from data.landscape_painter import render
 from data.landscape_scenes import FACTORS, Light, Scene, Sky, Terrain, Time, draw_scene, factors
-from data.shard_index import DataError, read_index, write_atomic
+from data.shard_index import DataError, current_index, write_atomic
 from data.writer import write_shard
 
 __all__ = [
@@ -78,7 +78,7 @@ def _write(path: Path, seed: int, indices: range, resolution: int) -> int:
 
 def _finished(path: Path, count: int) -> bool:
     try:
-        return read_index(path).count == count
+        return current_index(path).count == count
     except DataError:
         return False
 

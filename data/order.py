@@ -3,16 +3,18 @@
 A training position is one integer: samples consumed. Nothing here has state that a resume would need, and
 nothing depends on ranks, workers or the Python version. Shards are permuted anew each epoch and read in
 blocks, samples are permuted inside a block; permutations are Feistel networks, computed point by point.
-Changing any result here changes every run: raise ORDER_VERSION and the golden vectors of the test together.
+What loads thousands of samples a second stands here twice, in plain integers and for arrays, and a test
+compares the two. Changing any result changes every run: raise ORDER_VERSION and the golden vectors together.
 Use: `epoch, shard, row = Order(counts, seed).order(index)`; `uniform(seed, index, Purpose.FLIP) < 0.5`.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from itertools import accumulate
+from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 ORDER_VERSION = 1
 
@@ -35,6 +37,9 @@ class Purpose(IntEnum):
     NOISE = 9
     TIME = 10
     POSTERIOR = 11
+    SOURCE = 12
+    BUCKET = 13
+    VARIANT = 14
 
 
 def mix(*words: int) -> int:
@@ -54,6 +59,21 @@ def mix(*words: int) -> int:
 def uniform(seed: int, index: int, purpose: Purpose) -> float:
     """Returns a number in [0, 1) with 53 random bits: the draw of global sample `index` for one purpose."""
     return (mix(seed, index, purpose) >> 11) * 2.0**-53
+
+
+def uniforms(seed: int, indices: np.ndarray, purpose: Purpose) -> np.ndarray:
+    """Returns `uniform` of each of `indices` int64 [n]: float64 [n]."""
+    states = _next(np.uint64(mix(seed)) ^ indices.astype(np.uint64))
+    states = _next(states ^ np.uint64(purpose))
+    return (states >> np.uint64(11)) * 2.0**-53
+
+
+def _next(states: np.ndarray) -> np.ndarray:
+    """Returns one splitmix64 step of each of `states` uint64 [n]."""
+    states = states + np.uint64(GOLDEN_GAMMA)
+    states = (states ^ (states >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    states = (states ^ (states >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return states ^ (states >> np.uint64(31))
 
 
 def permute(position: int, length: int, key: int) -> int:
@@ -76,15 +96,70 @@ def permute(position: int, length: int, key: int) -> int:
             return position
 
 
-class _Epoch:
-    """The order of the shards in one epoch: block k is the samples [ends[k - 1], ends[k])."""
+def permute_many(positions: np.ndarray, length: int, key: int) -> np.ndarray:
+    """Returns `permute` of each of `positions`, int64 [n]; raises IndexError outside [0, length)."""
+    places = positions.astype(np.uint64)  # a negative position becomes one above every length
+    if len(places) and int(places.max()) >= length:
+        raise IndexError(f"position {positions[places.argmax()]} of {length}")
+    a = math.isqrt(max(0, length - 1)) + 1
+    b = -(-length // a)
+    places = _walk(places, a, b, key)
+    while len(outside := np.flatnonzero(places >= np.uint64(length))):
+        places[outside] = _walk(places[outside], a, b, key)
+    return places.astype(np.int64)
 
-    def __init__(self, counts: Sequence[int], seed: int, epoch: int, block_shards: int) -> None:
+
+def _walk(places: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
+    """Returns one walk of `permute` from each of `places` uint64 [n] below a*b: uint64 [n].
+
+    For the few points of a batch the cost is that of numpy's calls, which is least between arrays of one
+    shape with a given place for the result: constants are therefore arrays too, and kept.
+    """
+    gamma, factor, factor2, by30, by27, by31 = _constants(len(places))
+    sides = np.full_like(places, a), np.full_like(places, b)
+    right = places // sides[0]
+    left = places - right * sides[0]
+    state, shifted = np.empty_like(places), np.empty_like(places)
+    halves = (left, right)
+    for turn, before in enumerate(_turns(key, len(places))):
+        half, other, side = halves[turn % 2], halves[1 - turn % 2], sides[turn % 2]
+        np.bitwise_xor(before, other, state)
+        np.add(state, gamma, state)
+        np.right_shift(state, by30, shifted)
+        np.bitwise_xor(state, shifted, state)
+        np.multiply(state, factor, state)
+        np.right_shift(state, by27, shifted)
+        np.bitwise_xor(state, shifted, state)
+        np.multiply(state, factor2, state)
+        np.right_shift(state, by31, shifted)
+        np.bitwise_xor(state, shifted, state)
+        np.remainder(state, side, state)  # before the sum, which would pass 64 bits
+        np.add(half, state, half)
+        np.remainder(half, side, half)
+    return right * sides[0] + left
+
+
+@lru_cache(maxsize=8)
+def _constants(n: int) -> list[np.ndarray]:
+    values = (GOLDEN_GAMMA, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31)
+    return [np.full(n, value, np.uint64) for value in values]
+
+
+@lru_cache(maxsize=32)
+def _turns(key: int, n: int) -> list[np.ndarray]:
+    """Returns what `mix(key, turn, x)` is before its last word, for each turn, n times."""
+    return [np.full(n, mix(key, turn), np.uint64) for turn in range(ROUNDS)]
+
+
+class _Epoch:
+    """The order of the shards in one epoch, and where each shard and each block ends in it."""
+
+    def __init__(self, counts: np.ndarray, seed: int, epoch: int, block_shards: int) -> None:
         key = mix(seed, epoch, Purpose.SHARD_ORDER)
-        shards = [permute(i, len(counts), key) for i in range(len(counts))]
-        self.blocks = [shards[i : i + block_shards] for i in range(0, len(shards), block_shards)]
-        self.inner_ends = [list(accumulate(counts[shard] for shard in block)) for block in self.blocks]
-        self.ends = list(accumulate(ends[-1] for ends in self.inner_ends))
+        self.shards = permute_many(np.arange(len(counts)), len(counts), key)
+        self.ends = np.cumsum(counts[self.shards])
+        self.block_ends = np.append(self.ends[block_shards - 1 : -1 : block_shards], self.ends[-1:])
+        self.block_starts = np.append(0, self.block_ends[:-1])
 
 
 class Order:
@@ -94,13 +169,13 @@ class Order:
     cache has to hold). Memory is O(shards); nothing is stored per sample.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, block_shards: int = 64) -> None:
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, block_shards: int = 64) -> None:
         if block_shards < 1:
             raise ValueError(f"block_shards is {block_shards}; it must be at least 1")
-        self.counts = tuple(counts)
+        self.counts = np.asarray(counts, np.int64)
         self.seed = seed
         self.block_shards = block_shards
-        self.samples = sum(self.counts)
+        self.samples = int(self.counts.sum())
         self._epochs: dict[int, _Epoch] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,13 +190,35 @@ class Order:
             raise IndexError(f"global sample index {index} of an endless order over {self.samples} samples")
         epoch, position = divmod(index, self.samples)
         plan = self._plan(epoch)
-        block = bisect_right(plan.ends, position)
-        start = plan.ends[block - 1] if block else 0
+        block = int(plan.block_ends.searchsorted(position, "right"))
+        start, end = int(plan.block_starts[block]), int(plan.block_ends[block])
         key = mix(self.seed, epoch, Purpose.SAMPLE_ORDER, block)
-        inner_ends = plan.inner_ends[block]
-        position = permute(position - start, inner_ends[-1], key)
-        place = bisect_right(inner_ends, position)
-        return epoch, plan.blocks[block][place], position - (inner_ends[place - 1] if place else 0)
+        position = start + permute(position - start, end - start, key)
+        place = int(plan.ends.searchsorted(position, "right"))
+        shard = int(plan.shards[place])
+        return epoch, shard, position - int(plan.ends[place] - self.counts[shard])
+
+    def orders(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns `order` of each of `indices` int64 [n]: epochs, shard numbers and rows, int64 [n] each."""
+        if len(indices) and (not self.samples or int(indices.min()) < 0):
+            raise IndexError(
+                f"global sample index {indices.min()} of an endless order over {self.samples} samples"
+            )
+        epochs = indices // max(1, self.samples)
+        shards, rows = np.empty_like(epochs), np.empty_like(epochs)
+        for epoch, inside in _groups(epochs, np.arange(len(indices))):
+            plan = self._plan(epoch)
+            positions = indices[inside] - epoch * self.samples
+            for block, part in _groups(plan.block_ends.searchsorted(positions, "right"), inside):
+                start, end = int(plan.block_starts[block]), int(plan.block_ends[block])
+                key = mix(self.seed, epoch, Purpose.SAMPLE_ORDER, block)
+                there = indices[part] - (epoch * self.samples + start)
+                there = permute_many(there, end - start, key) + start
+                places = plan.ends.searchsorted(there, "right")
+                found = plan.shards[places]
+                shards[part] = found
+                rows[part] = there - plan.ends[places] + self.counts[found]
+        return epochs, shards, rows
 
     def _plan(self, epoch: int) -> _Epoch:
         """Returns an epoch's shard order; two are kept, as a batch may span two epochs."""
@@ -130,6 +227,17 @@ class Order:
                 self._epochs.pop(next(iter(self._epochs)))
             self._epochs[epoch] = _Epoch(self.counts, self.seed, epoch, self.block_shards)
         return self._epochs[epoch]
+
+
+def _groups(values: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each of `values` [n], rising, with those of `numbers` [n] that stand beside it."""
+    if not len(values):
+        return
+    if (values == values[0]).all():
+        yield int(values[0]), numbers
+        return
+    for value in np.unique(values).tolist():
+        yield value, numbers[values == value]
 
 
 class GlobalBatchSampler:

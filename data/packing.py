@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from data.captions import Picture, Skipped
-from data.index import DataError, index_path, read_index
+from data.catalogue import CATALOGUE
+from data.index import DataError, current_index, index_path, read_index
 from data.shard_index import write_atomic
 from data.transforms import BadSample, Decoder, decode_caption
 from data.writer import write_shard
@@ -159,6 +160,8 @@ def _plain(value: Any) -> Any:
 
 
 def _remove(shard: Path) -> None:
+    # The catalogue would go on asking for it.
+    (shard.parent / CATALOGUE).unlink(missing_ok=True)
     index_path(shard).unlink(missing_ok=True)
     shard.unlink(missing_ok=True)
 
@@ -208,6 +211,7 @@ class Ledger:
         if done.count == 0:
             return True
         try:
+            current_index(self.out / plan.name)
             return read_index(self.out / plan.name, verify=True).sha256 == done.sha256
         except DataError:
             return False

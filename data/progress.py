@@ -19,13 +19,14 @@ class Progress:
         title: what is going on.
         total: images at the end.
         start: images already done.
+        shown: False says nothing, as for all ranks but the first.
     """
 
-    def __init__(self, title: str, total: int, start: int = 0) -> None:
+    def __init__(self, title: str, total: int, start: int = 0, shown: bool = True) -> None:
         self.title = title
         self.total = total
         self.start = self._done = start
-        self.console = Console(soft_wrap=True)
+        self.console = Console(soft_wrap=True, quiet=not shown)
         self._began = time.perf_counter()
         self._said = -_PAUSE
         self._bar = RichProgress(

@@ -1,40 +1,54 @@
 """The index of a shard (`00000.tar.idx`): where every field of every sample lies, and the checksums.
 
-An index is a safetensors file: arrays, and one string of JSON metadata, each with a crc32c, so that a damaged
-index is refused like a damaged shard. It is built in one pass that decodes nothing. `data.index` joins the
-indexes of several shards. Use: `index = build_index(shard)`, `write_index(index)`, `read_index(shard)`.
+An index is a file of `data.arrays`: any damage to it is found. It is built in one pass that decodes nothing
+but text, and also holds what buckets and filters ask: image sizes, words of the caption, and the numbers and
+short strings at the top level of the JSON field. `data.index` joins the indexes of several shards. Use:
+`index = build_index(shard)`, `write_index(index)`, `read_index(shard)`.
 """
 
 import hashlib
-import json
 import logging
 import os
-import struct
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
-from safetensors.numpy import save
 
-from data.tar import Member, TarError, scan
-from data.transforms import image_size
+from data.arrays import UNREADABLE, read_arrays, read_meta, text_at, write_arrays, write_atomic
+from data.index_builder import IMAGE_FIELDS, NO_CAPTION, Builder, key_hash, split_name, string_hash
+from data.tar import HEAD_BYTES, TarError, scan
 
-INDEX_VERSION = 1
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-MAX_FIELDS = 64
-MAX_INDEX_HEADER = 1 << 20
-DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "crc32c": ("U32", np.dtype("<u4")),
-    "heights": ("I32", np.dtype("<i4")),
-    "key_ends": ("I64", np.dtype("<i8")),
-    "key_hashes": ("U64", np.dtype("<u8")),
-    "keys": ("U8", np.dtype("u1")),
-    "offsets": ("I64", np.dtype("<i8")),
-    "sizes": ("I64", np.dtype("<i8")),
-    "widths": ("I32", np.dtype("<i4")),
-}
+__all__ = [
+    "IMAGE_FIELDS",
+    "INDEX_VERSION",
+    "NO_CAPTION",
+    "DataError",
+    "Extent",
+    "ShardHeader",
+    "ShardIndex",
+    "build_index",
+    "current_index",
+    "index_path",
+    "is_address",
+    "is_outdated",
+    "key_hash",
+    "load_index",
+    "make_index",
+    "read_header",
+    "read_index",
+    "read_summary",
+    "split_name",
+    "string_hash",
+    "write_atomic",
+    "write_index",
+]
+
+INDEX_VERSION = 2
+KIND = "shard index"
+ADDRESSES = ("http://", "https://", "s3://")
+WHOLE_IMAGE = 1 << 28  # bytes of an image that are kept where it is to be decoded
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +62,10 @@ class DataError(Exception):
         return text.rstrip().rpartition("DataError: ")[2] if text.startswith("Caught DataError in") else text
 
 
+class _OldVersionError(ValueError):
+    """The index is of another version; beside a local shard it is made again."""
+
+
 class Extent(NamedTuple):
     """Where a field's bytes lie in its shard, in bytes, and their crc32c."""
 
@@ -56,15 +74,29 @@ class Extent(NamedTuple):
     crc32c: int
 
 
+def is_address(shard: str) -> bool:
+    """Returns whether text names a shard by an http(s) or s3 address rather than a path."""
+    return shard.lower().startswith(ADDRESSES)
+
+
 @dataclass(frozen=True)
 class ShardHeader:
-    """What is known of a shard without its arrays: `size` in bytes, `sha256` in hex, `count` of samples."""
+    """What is known of a shard without its arrays: `size` in bytes, `sha256` in hex, `count` of samples.
 
-    shard: Path
+    `shard` is a path or an http(s)/s3 address, `index` the local path of its index.
+    """
+
+    shard: str
+    index: Path
     size: int
     sha256: str
     count: int
     fields: tuple[str, ...]
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shard's bytes come through a cache."""
+        return is_address(self.shard)
 
 
 @dataclass(frozen=True)
@@ -72,15 +104,22 @@ class ShardIndex:
     """One shard's header and arrays, S samples by F fields (`header.fields`, sorted); offset -1 where absent.
 
     `arrays` holds offsets, sizes int64 [S F], crc32c uint32 [S F], widths, heights int32 [S] (pixels upright,
-    0 if unknown), keys uint8 (UTF-8, joined), key_ends int64 [S], key_hashes uint64 [S].
+    0 if unknown), keys uint8 (UTF-8, joined), key_ends int64 [S], key_hashes uint64 [S], words uint16 [S]
+    (of the caption, 65535 if absent), captions uint64 [S] (its hash, 0 if absent or empty), numbers float64
+    [S N] (of `number_names`, NaN if absent), strings uint64 [S K] (hashes, of `string_names`, 0 if absent)
+    and, where asked for, phashes uint64 [S] (perceptual hash, 0 if none). One that is loaded in part holds
+    some of them. `notes` counts what the pass ignored or could not read.
     """
 
     header: ShardHeader
     arrays: dict[str, np.ndarray]
+    number_names: tuple[str, ...] = ()
+    string_names: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def shard(self) -> Path:
-        """The tar itself."""
+    def shard(self) -> str:
+        """The tar itself, a path or an address."""
         return self.header.shard
 
     @property
@@ -110,8 +149,7 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """Returns the key of a sample."""
-        ends = self.arrays["key_ends"]
-        return self.arrays["keys"][ends[row - 1] if row else 0 : ends[row]].tobytes().decode()
+        return text_at(self.arrays["keys"], self.arrays["key_ends"], row)
 
     def extent(self, row: int, name: str) -> Extent | None:
         """Returns where a field lies, or None where the sample lacks it."""
@@ -132,242 +170,196 @@ class ShardIndex:
         return int(self.arrays["widths"][row]), int(self.arrays["heights"][row])
 
 
-def index_path(shard: Path) -> Path:
-    """Returns where a shard's index is kept: beside it, `00000.tar` -> `00000.tar.idx`."""
-    return shard.with_name(shard.name + ".idx")
+def index_path(shard: Path | str) -> Path:
+    """Returns where a local shard's index is kept: beside it, `00000.tar` -> `00000.tar.idx`."""
+    return Path(f"{shard}.idx")
 
 
-def key_hash(key: str) -> int:
-    """Returns the 64-bit hash of a key (blake2b) that splits the data and finds duplicates."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+def build_index(
+    shard: Path,
+    named: Path | str | None = None,
+    index: Path | None = None,
+    image_hash: Callable[[bytes], int] | None = None,
+) -> ShardIndex:
+    """Returns the index of a shard, from one streaming pass that decodes nothing but text.
 
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Returns (key, field) of a member's name, None for names without a field (README, ._a.jpg).
-
-    Raises TarError for a dotted key, which WebDataset would take for another sample's field.
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not dot or not stem or not extension:
-        return None
-    if "." in extension:
-        raise TarError(
-            f"member {name!r} has a dotted key: key {stem!r} with field {extension!r}, or key "
-            f"{base.rpartition('.')[0]!r}? Write it with other characters than dots"
-        )
-    return folder + slash + stem, extension.lower()
-
-
-class _Builder:
-    """Groups members into samples and turns them into arrays."""
-
-    def __init__(self) -> None:
-        self.samples: dict[str, dict[str, Member]] = {}
-        self.image_sizes: list[tuple[int, int]] = []
-        self.fields: set[str] = set()
-        self.ignored = 0
-
-    def add(self, member: Member) -> None:
-        parts = split_name(member.name)
-        if parts is None:
-            self.ignored += 1
-            return
-        key, name = parts
-        sample = self.samples.get(key)
-        if sample is None:
-            sample = self.samples[key] = {}
-            self.image_sizes.append((0, 0))
-        elif next(reversed(self.samples)) != key or name in sample:
-            first = next(iter(sample.values())).offset
-            raise TarError(
-                f"key {key!r} occurs twice, at bytes {first} and {member.offset} (field {name!r}); "
-                "the fields of a sample must lie side by side, each once (tar --sort=name)"
-            )
-        sample[name] = replace(member, head=b"")
-        if name in IMAGE_FIELDS:
-            self.image_sizes[-1] = image_size(member.head)
-        self.fields.add(name)
-        if len(self.fields) > MAX_FIELDS:
-            raise TarError(f"more than {MAX_FIELDS} different fields, the last one {name!r} of key {key!r}")
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        names = sorted(self.fields)
-        shape = (len(self.samples), len(names))
-        offsets, sizes = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        crcs = np.zeros(shape, np.uint32)
-        for row, sample in enumerate(self.samples.values()):
-            for column, name in enumerate(names):
-                if member := sample.get(name):
-                    offsets[row, column], sizes[row, column] = member.offset, member.size
-                    crcs[row, column] = member.crc32c
-        encoded = [key.encode() for key in self.samples]
-        widths_heights = np.array(self.image_sizes, np.int32).reshape(-1, 2)
-        return {
-            "offsets": offsets,
-            "sizes": sizes,
-            "crc32c": crcs,
-            "widths": widths_heights[:, 0].copy(),
-            "heights": widths_heights[:, 1].copy(),
-            "keys": np.frombuffer(b"".join(encoded), np.uint8),
-            "key_ends": np.cumsum([len(key) for key in encoded], dtype=np.int64),
-            "key_hashes": np.array([key_hash(key) for key in self.samples], np.uint64),
-        }
-
-
-def build_index(shard: Path, named: Path | None = None) -> ShardIndex:
-    """Returns the index of a shard, from one streaming pass that decodes nothing.
-
-    `named` is the path the index and the messages give it, for a shard that is still to be renamed.
+    `named` is the path or address that the index and the messages give it, for a shard that is still to be
+    renamed or is a copy; `index` where its index will lie, beside it if not given. `image_hash` is called
+    with the bytes of each image and fills `phashes`.
 
     Raises DataError for a shard that is missing, cut, damaged or empty, and for duplicate and dotted keys,
     links, devices and sparse files. A field that only some samples have is reported through `logging`, not
-    refused.
+    refused; bad JSON and captions are counted in `notes`.
     """
-    digest, builder = hashlib.sha256(), _Builder()
-    source, shard = shard, named or shard
+    digest, builder = hashlib.sha256(), Builder(image_hash)
+    name = str(shard if named is None else named)
     try:
-        with source.open("rb") as stream:
-            for member in scan(stream, digest):
+        with shard.open("rb") as stream:
+            for member in scan(stream, digest, HEAD_BYTES if image_hash is None else WHOLE_IMAGE):
                 builder.add(member)
             size = stream.tell()
     except (TarError, OSError) as error:
-        raise DataError(f"{shard}: {error}; copy or make the shard again") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{name}: {reason}; copy or make the shard again") from error
     if not builder.samples:
-        raise DataError(f"{shard}: no samples in it (members are named KEY.FIELD); make the shard again")
-    header = ShardHeader(shard, size, digest.hexdigest(), len(builder.samples), tuple(sorted(builder.fields)))
-    index = ShardIndex(header, builder.arrays())
-    if builder.ignored:
-        log.warning("%s: %d members without a field in their name are ignored", shard, builder.ignored)
-    for column, name in enumerate(header.fields):
+        raise DataError(f"{name}: no samples in it (members are named KEY.FIELD); make the shard again")
+    numbers, strings, columns = builder.columns()
+    header = ShardHeader(
+        shard=name,
+        index=index_path(name) if index is None else index,
+        size=size,
+        sha256=digest.hexdigest(),
+        count=len(builder.samples),
+        fields=tuple(sorted(builder.fields)),
+    )
+    built = ShardIndex(header, {**builder.arrays(), **columns}, numbers, strings, builder.notes)
+    _report(built)
+    return built
+
+
+def _report(index: ShardIndex) -> None:
+    if index.notes["ignored"]:
+        log.warning(
+            "%s: %d members without a field in their name are ignored", index.shard, index.notes["ignored"]
+        )
+    for column, name in enumerate(index.fields):
         absent = np.flatnonzero(index.arrays["offsets"][:, column] < 0)
         if len(absent):
             example = index.key(int(absent[0]))
-            log.warning(
-                "%s: %d of %d samples lack %s (first: %r)", shard, len(absent), header.count, name, example
-            )
-    return index
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    crc = 0
-    for name in sorted(arrays):
-        crc = google_crc32c.extend(crc, np.ascontiguousarray(arrays[name]).tobytes())
-    return crc
+            lack = f"{len(absent)} of {index.count} samples lack {name}"
+            log.warning("%s: %s (first: %r)", index.shard, lack, example)
 
 
 def write_index(index: ShardIndex) -> Path:
-    """Returns the path of the index after writing it beside its shard, whole or not at all."""
+    """Returns the path of the index after writing it, whole or not at all."""
     meta = {
+        "kind": KIND,
         "index_version": INDEX_VERSION,
-        "arrays_crc32c": _checksum(index.arrays),
         "size": index.size,
         "sha256": index.sha256,
         "count": index.count,
         "fields": list(index.fields),
+        "numbers": list(index.number_names),
+        "strings": list(index.string_names),
+        "notes": dict(index.notes),
     }
-    text = json.dumps(meta, sort_keys=True)
-    path = index_path(index.shard)
-    # One string, its own checksum first: several would be written in an order that changes from run to run.
-    write_atomic(path, save(index.arrays, {"index": f"{google_crc32c.value(text.encode()):08x} {text}"}))
-    return path
+    if index.header.index != index_path(index.shard):
+        meta["shard"] = index.shard  # beside its shard an index may move with it
+    write_arrays(index.header.index, meta, index.arrays)
+    return index.header.index
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, fsyncs it and renames it into place."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def read_index(shard: Path | str, verify: bool = False, index: Path | None = None) -> ShardIndex:
+    """Returns a shard's index after comparing its checksums, and the size of a local shard with it.
 
-
-def _read_header(shard: Path) -> tuple[ShardHeader, dict[str, Any], dict[str, Any], int]:
-    """Returns the header, the metadata, the arrays' layout and where they start; raises ValueError."""
-    with index_path(shard).open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
-        if length > MAX_INDEX_HEADER:
-            raise ValueError("its header is damaged")
-        layout = json.loads(stream.read(length))
-    stated, _, text = layout.pop("__metadata__")["index"].partition(" ")
-    if stated != f"{google_crc32c.value(text.encode()):08x}":
-        raise ValueError("the checksum of its header is wrong")
-    meta = json.loads(text)
-    if meta["index_version"] != INDEX_VERSION:
-        raise ValueError(f"it has index_version {meta['index_version']}, this program reads {INDEX_VERSION}")
-    header = ShardHeader(shard, meta["size"], meta["sha256"], meta["count"], tuple(meta["fields"]))
-    return header, meta, layout, 8 + length
-
-
-def _load_arrays(header: ShardHeader, layout: dict[str, Any], start: int) -> dict[str, np.ndarray]:
-    """Returns the arrays; raises ValueError where the layout is not the one written."""
-    if sorted(layout) != sorted(DTYPES):
-        raise ValueError("its arrays are not those of an index")
-    # Read, not mapped: a mapping keeps a file open, and a dataset has more shards than a process may open
-    # files.
-    blob = np.fromfile(index_path(header.shard), np.uint8)
-    rows: tuple[int, ...] = (header.count,)
-    shapes = dict.fromkeys(DTYPES, rows)
-    for name in ("offsets", "sizes", "crc32c"):
-        shapes[name] = (header.count, len(header.fields))
-    shapes["keys"] = (-1,)
-    arrays = {}
-    for name, (code, dtype) in DTYPES.items():
-        begin, end = layout[name]["data_offsets"]
-        if layout[name]["dtype"] != code or not 0 <= begin <= end <= len(blob) - start:
-            raise ValueError(f"its array {name} is damaged")
-        arrays[name] = blob[start + begin : start + end].view(dtype).reshape(shapes[name])
-    return arrays
-
-
-def read_header(shard: Path) -> ShardHeader:
-    """Returns a shard's header after comparing the shard's size with it; raises DataError."""
-    try:
-        actual = shard.stat().st_size
-        header = _read_header(shard)[0]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _index_error(shard, error) from error
-    if actual != header.size:
-        raise DataError(
-            f"{shard}: {actual} bytes, but its index says {header.size}: the shard was cut or changed; "
-            f"copy it again, or delete {index_path(shard).name} if the change is meant"
-        )
-    return header
-
-
-def read_index(shard: Path, verify: bool = False) -> ShardIndex:
-    """Returns a shard's index after comparing the checksums of its header and arrays.
-
-    With `verify` the shard's SHA-256 is compared too, which reads it whole. Raises DataError naming the shard
-    and what was expected and found.
+    `index` is where it lies, beside the shard if not given. With `verify` the SHA-256 of a local shard is
+    compared too, which reads it whole. Raises DataError naming the shard and what was expected and found.
     """
-    header = read_header(shard)
-    try:
-        _, meta, layout, start = _read_header(shard)
-        arrays = _load_arrays(header, layout, start)
-        if meta["arrays_crc32c"] != _checksum(arrays):
-            raise ValueError("the checksum of its arrays is wrong")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _index_error(shard, error) from error
-    if verify:
-        with shard.open("rb") as stream:
+    name, path = str(shard), index_path(shard) if index is None else index
+    size = _size(name, path)
+    read = load_index(name, path)
+    _check_size(read.header, size)
+    if verify and not read.header.remote:
+        with Path(name).open("rb") as stream:
             actual = hashlib.file_digest(stream, "sha256").hexdigest()
-        if actual != header.sha256:
+        if actual != read.sha256:
             raise DataError(
-                f"{shard}: SHA-256 is {actual}, its index says {header.sha256}; copy the shard again"
+                f"{name}: SHA-256 is {actual}, its index says {read.sha256}; copy the shard again"
             )
-    return ShardIndex(header, arrays)
+    return read
 
 
-def _index_error(shard: Path, error: Exception) -> DataError:
+def load_index(shard: str, index: Path, names: Collection[str] | None = None) -> ShardIndex:
+    """Returns a shard's index, or of its arrays those in `names`, without a look at the shard itself.
+
+    Raises DataError where the index is missing or damaged.
+    """
+    try:
+        meta, arrays = read_arrays(index, names=names)
+        return _from_meta(shard, index, meta, arrays)
+    except UNREADABLE as error:
+        raise _index_error(shard, index, error) from error
+
+
+def read_header(shard: Path | str) -> ShardHeader:
+    """Returns a shard's header after comparing the shard's size with it; raises DataError."""
+    return read_summary(shard).header
+
+
+def read_summary(shard: Path | str, index: Path | None = None) -> ShardIndex:
+    """Returns a shard's index without its arrays, the size of a local shard compared; raises DataError."""
+    name, path = str(shard), index_path(shard) if index is None else index
+    size = _size(name, path)
+    try:
+        read = _from_meta(name, path, read_meta(path), {})
+    except UNREADABLE as error:
+        raise _index_error(name, path, error) from error
+    _check_size(read.header, size)
+    return read
+
+
+def current_index(shard: Path) -> ShardIndex:
+    """Returns the index of a local shard, made again where it is missing or of an older version.
+
+    Raises DataError for a shard that is missing, changed or damaged, and for a damaged index.
+    """
+    try:
+        return read_index(shard)
+    except DataError as error:
+        path = index_path(shard)
+        missing = isinstance(error.__cause__, FileNotFoundError) and shard.is_file() and not path.exists()
+        if not missing and not isinstance(error.__cause__, _OldVersionError):
+            raise
+    return make_index(shard)
+
+
+def make_index(shard: Path) -> ShardIndex:
+    """Returns the index of a local shard after making it, and writing it where the folder can be written."""
+    built = build_index(shard)
+    try:
+        log.info("%s: made its index, %d samples: %s", shard, built.count, write_index(built).name)
+    except OSError as error:
+        log.warning("%s: its index is kept in memory only (%s)", shard, error.strerror)
+    return built
+
+
+def is_outdated(error: DataError) -> bool:
+    """Returns whether an index could not be read because another version of the program wrote it."""
+    return isinstance(error.__cause__, _OldVersionError)
+
+
+def _from_meta(shard: str, path: Path, meta: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> ShardIndex:
+    if meta["index_version"] != INDEX_VERSION:
+        raise _OldVersionError(
+            f"it has index_version {meta['index_version']}, this program reads {INDEX_VERSION}"
+        )
+    if meta.get("shard", shard) != shard:
+        raise ValueError(f"it is the index of {meta['shard']}")
+    header = ShardHeader(shard, path, meta["size"], meta["sha256"], meta["count"], tuple(meta["fields"]))
+    return ShardIndex(header, arrays, tuple(meta["numbers"]), tuple(meta["strings"]), meta["notes"])
+
+
+def _size(shard: str, index: Path) -> int | None:
+    """Returns the size of a local shard, None of a remote one; raises DataError where it is missing."""
+    try:
+        return None if is_address(shard) else os.stat(shard).st_size
+    except OSError as error:
+        raise _index_error(shard, index, error) from error
+
+
+def _check_size(header: ShardHeader, actual: int | None) -> None:
+    if actual is not None and actual != header.size:
+        raise DataError(
+            f"{header.shard}: {actual} bytes, but its index says {header.size}: the shard was cut or "
+            f"changed; copy it again, or delete {header.index.name} if the change is meant"
+        )
+
+
+def _index_error(shard: str, path: Path, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{error.filename}: missing; copy the shard and its index again")
-    path = index_path(shard)
-    reason = (
-        str(error) if isinstance(error, OSError) or type(error) is ValueError else "its header is damaged"
-    )
-    return DataError(f"{path}: {reason}; delete it and it is made again from the shard")
+    plain = isinstance(error, OSError) or type(error) in (ValueError, _OldVersionError)
+    reason = str(error) if plain else "its header is damaged"
+    if path == index_path(shard):
+        return DataError(f"{path}: {reason}; delete it and it is made again from the shard")
+    return DataError(f"{path}: {reason}; delete it and run `python scripts/index.py` again for {shard}")

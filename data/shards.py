@@ -1,33 +1,39 @@
-"""Samples read from local shards at offsets: a map-style dataset whose item i is global sample i of the run.
+"""Samples read from shards at offsets: a map-style dataset whose item i is global sample i of the run.
 
-Every field is read by `pread` through a descriptor of its own process and compared with its crc32c. A sample
-that cannot be used is replaced by another one that is a function of (seed, index, attempt), written to
-`bad_samples.jsonl`, and counted; too many stop the run. There is no iterator state: to resume, ask for the
-next index. Use: `sample = ShardDataset(view, Order(view.counts, seed), Decoder(), ResizeCrop(64), seed)[0]`.
+Which sample that is, of which source and in which shape, is the plan's to say (`data.mixture`,
+`data.buckets`). A sample that cannot be used is replaced by another one that is a function of (seed, index,
+attempt), written to `bad_samples.jsonl`, and counted; too many stop the run. There is no iterator state: to
+resume, ask for the next index. Use: `sample = ShardDataset(view, Order(view.counts, seed), Decoder(),
+ResizeCrop(64), seed)[0]`.
 """
 
+import copy
+import hashlib
 import json
 import math
 import os
-import time
-from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from data.index import DataError, IndexView, ShardIndex
-from data.order import Order, Purpose, mix, uniform
-from data.transforms import BadSample, Decoder, ResizeCrop, decode_caption, decode_json
+from data.caption_choice import CaptionChoice
+from data.index import IMAGE_FIELDS, DataError, IndexView, ShardIndex, diff
+from data.mixture import Joined, Plan
+from data.order import Order, Purpose, mix, uniform, uniforms
+from data.reader import FieldReader
+from data.shard_index import is_address
+from data.transforms import BadSample, Decoder, ResizeCrop, decode_json
 
 MAX_IN_A_ROW = 100
-MAX_OPEN_FILES = 128
-READ_ATTEMPTS = 4
-FIRST_WAIT = 0.05  # seconds before a failed read is tried again; doubled each time
+PLAIN = CaptionChoice({"txt": 1.0})
 
 
 class MissingCaption(Enum):
@@ -39,7 +45,7 @@ class MissingCaption(Enum):
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: `pixels` uint8 [3 H W], `caption` ("" is unconditional), `record` the JSON field or {}.
+    """One sample: `pixels` uint8 [3 H W], `caption` ("" is unconditional), `record` the JSON or {}.
 
     `index` is the global sample index asked for; `key` names what was read; `substituted` says that they
     part.
@@ -53,149 +59,182 @@ class Sample:
     substituted: bool
 
 
+class Rows(list[Sample]):
+    """Samples of one shape whose pixels are the rows of one tensor, `pixels` uint8 [B 3 H W]."""
+
+    def __init__(self, samples: Sequence[Sample], pixels: Tensor) -> None:
+        super().__init__(samples)
+        self.pixels = pixels
+
+
 class _NoCaptionError(Exception):
     """The sample has no caption and the policy is to take another one."""
-
-
-class _Files:
-    """Open shards of this process, the least recently used closed first; a copy in another opens its own."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.handles: OrderedDict[Path, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"pid": -1, "handles": OrderedDict()}
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset`, fewer where the file ends; raises OSError."""
-        if self.pid != os.getpid():
-            self.pid, self.handles = os.getpid(), OrderedDict()
-        handle = self.handles.get(path)
-        if handle is None:
-            while len(self.handles) >= MAX_OPEN_FILES:
-                os.close(self.handles.popitem(last=False)[1])
-            handle = self.handles[path] = os.open(path, os.O_RDONLY)
-        self.handles.move_to_end(path)
-        data = os.pread(handle, size, offset)
-        while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
-            data += more
-        return data
-
-    def forget(self, path: Path) -> None:
-        """Closes one shard, so that the next read opens it anew (a network file system may have lost it)."""
-        handle = self.handles.pop(path, None)
-        if handle is not None and self.pid == os.getpid():
-            os.close(handle)
 
 
 class ShardDataset(Dataset[Sample]):
     """Item i is global sample i, for any i >= 0: the run's order is endless, `len` is one epoch.
 
-    `max_bad_fraction` of an epoch's samples, rounded up, may be unusable in one process, and no 100 in a row;
-    then DataError. `bad_samples` is the file that collects them, a JSON object a line; None writes none.
+    `views` are the sources and `order` what decides between and within them; an Order goes through the
+    sources' shards together. `max_bad_fraction` of an epoch's samples, rounded up, may be unusable in one
+    process, and no 100 in a row; then DataError. `bad_samples` is the file that collects them, a JSON object
+    a line; None writes none. Without `records` the JSON is read only where captions come from it.
     """
 
     def __init__(
         self,
-        view: IndexView,
-        order: Order,
+        views: IndexView | Sequence[IndexView],
+        order: Order | Plan,
         decoder: Decoder,
         crop: ResizeCrop,
         seed: int,
         missing_caption: MissingCaption = MissingCaption.SKIP,
         max_bad_fraction: float = 0.001,
         bad_samples: Path | None = None,
+        captions: CaptionChoice = PLAIN,
+        reader: FieldReader | None = None,
+        records: bool = True,
     ) -> None:
-        if order.counts != view.counts:
-            raise ValueError("the order is over other shards than the view; make it from view.counts")
+        self.views = (views,) if isinstance(views, IndexView) else tuple(views)
+        if isinstance(order, Order):
+            counts = [count for view in self.views for count in view.counts]
+            if not np.array_equal(order.counts, counts):
+                raise ValueError("the order is over other shards than the view; make it from view.counts")
+            order = Joined(order, [len(view.counts) for view in self.views])
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={max_bad_fraction}; it must be from 0 to 1")
-        self.view = view
-        self.order = order
+        self.plan: Plan = order
         self.decoder = decoder
         self.crop = crop
         self.seed = seed
         self.missing_caption = missing_caption
         self.max_bad_fraction = max_bad_fraction
         self.bad_samples = bad_samples
-        self._files = _Files()
-        self._bad: set[tuple[int, int]] = set()
+        self.captions = captions
+        self.reader = reader or FieldReader()
+        self.records = records
+        self._wanted = frozenset((*IMAGE_FIELDS, *captions.names, *(["json"] if records else [])))
+        self._bad: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
-        return len(self.view)
+        return self.plan.samples
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes (width, height) in pixels that pictures come in."""
+        return self.plan.shapes or ((self.crop.resolution, self.crop.resolution),)
 
     def fingerprint(self) -> str:
-        """Returns the identity of what is read, in hex: shards, split."""
-        return self.view.fingerprint()
+        """Returns the identity of what is read, in hex: shards, split, and what is not as by default."""
+        if len(self.views) == 1 and self.captions.is_plain and not self.plan.shapes:
+            return self.views[0].fingerprint()
+        parts = [[view.fingerprint() for view in self.views], self.captions.fields, self.plan.describe()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the dataset is, as JSON for checkpoints; `changes` compares two of them."""
+        sources = [view.describe() for view in self.views]
+        return {"sources": sources, "captions": self.captions.fields, "plan": self.plan.describe()}
+
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether any shard's bytes come through a cache."""
+        return any(is_address(name) for view in self.views for name in view.index.catalogue.names)
+
+    def for_batches(self, batch_size: int) -> "ShardDataset":
+        """Returns the dataset whose batches [k*G, (k + 1)*G) of G = `batch_size` samples are of one shape."""
+        dataset = copy.copy(self)
+        dataset.plan = self.plan.for_batches(batch_size)
+        return dataset
 
     def __getitem__(self, index: int) -> Sample:
-        """Returns global sample `index`, or its substitute.
+        """Returns global sample `index`, or its substitute; raises as `__getitems__`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Returns the global samples `indices`, or their substitutes.
 
         Raises DataError where too many samples are bad or a shard cannot be read, IndexError for a negative
         index.
         """
+        items = np.array(indices, np.int64)
+        places = self.plan.places(items)
+        rows = zip(*(column.tolist() for column in places), strict=True)
+        draws = self._draws(items)
+        pixels = None
+        if len(items) and (places.shapes == places.shapes[0]).all():
+            width, height = self.shapes[int(places.shapes[0])]
+            pixels = _room((len(items), 3, height, width))
+        outs = [None] * len(items) if pixels is None else pixels.unbind()
+        samples = [self._sample(*each) for each in zip(indices, rows, draws, outs, strict=True)]
+        return samples if pixels is None else Rows(samples, pixels)
+
+    def _draws(self, items: np.ndarray) -> list[tuple[float, float, float]]:
+        """Returns three draws for the crop of each item; what the crop does not use is not drawn."""
+        middle = [0.5] * len(items)
+        x, y, mirror = middle, middle, middle
+        if self.crop.random_crop:
+            x, y = (uniforms(self.seed, items, p).tolist() for p in (Purpose.CROP_X, Purpose.CROP_Y))
+        if self.crop.flip:
+            mirror = uniforms(self.seed, items, Purpose.FLIP).tolist()
+        return list(zip(x, y, mirror, strict=True))
+
+    def _sample(
+        self,
+        index: int,
+        place: tuple[int, int, int, int],
+        draws: tuple[float, float, float],
+        out: Tensor | None,
+    ) -> Sample:
         last = "nothing was tried"
         for attempt in range(MAX_IN_A_ROW):
-            place = index
             if attempt:
-                place = mix(self.seed, index, Purpose.SUBSTITUTE, attempt) % len(self.view)
-            _, number, position = self.order.order(place)
-            shard, row = self.view.sample(number, position)
+                draw = mix(self.seed, index, Purpose.SUBSTITUTE, attempt)
+                source, number, position, shape = self.plan.substitute(index, draw)
+                place = int(source[0]), int(number[0]), int(position[0]), int(shape[0])
+            shard, row = self.plan.sample(self.views, place)
+            target = self.plan.shapes[place[3]] if self.plan.shapes else None
             try:
-                return self._load(index, shard, row, substituted=attempt > 0)
+                return self._load(index, shard, row, (*draws, target, out), attempt > 0)
             except _NoCaptionError:
                 last = f"{shard.shard} key {shard.key(row)!r}: no caption"
             except BadSample as error:
                 last = f"{shard.shard} key {shard.key(row)!r} {error}"
-                self._count((number, row), shard, error)
+                self._count((shard.shard, row), shard, error)
         raise DataError(
             f"{MAX_IN_A_ROW} unusable samples in a row, the last one {last}; "
             "make the shards again, or set data.missing_caption=UNCONDITIONAL where captions are missing"
         )
 
-    def _load(self, index: int, shard: ShardIndex, row: int, substituted: bool) -> Sample:
-        field = shard.image_field(row)
+    def _load(
+        self,
+        index: int,
+        shard: ShardIndex,
+        row: int,
+        crop: tuple[float, float, float, tuple[int, int] | None, Tensor | None],
+        substituted: bool,
+    ) -> Sample:
+        fields = self.reader.read(shard, row, self._wanted)
+        field = next((name for name in IMAGE_FIELDS if name in fields.found), None)
         if field is None:
             raise BadSample("jpg", "no image field (jpg, jpeg, png or webp)")
-        caption = self._caption(shard, row)
-        record = {}
-        if shard.extent(row, "json"):
-            record = decode_json(self._read(shard, row, "json"))
-        image = self.decoder(self._read(shard, row, field), field, side=self.crop.resolution)
-        draws = (uniform(self.seed, index, p) for p in (Purpose.CROP_X, Purpose.CROP_Y, Purpose.FLIP))
-        return Sample(index, shard.key(row), self.crop(image, *draws), caption, record, substituted)
-
-    def _caption(self, shard: ShardIndex, row: int) -> str:
-        caption = decode_caption(self._read(shard, row, "txt")) if shard.extent(row, "txt") else ""
+        record: dict[str, Any] = {}
+        if self.captions.needs_json and (data := fields.take("json")) is not None:
+            record = decode_json(data)
+        caption = self.captions.choose(
+            fields.take, record, lambda: uniform(self.seed, index, Purpose.CAPTION)
+        )
         if not caption and self.missing_caption is MissingCaption.SKIP:
             raise _NoCaptionError
-        return caption
+        if self.records and not self.captions.needs_json and (data := fields.take("json")) is not None:
+            record = decode_json(data)
+        picture = fields.take(field)
+        assert picture is not None
+        target = crop[3]
+        side = self.crop.resolution if target is None else _short_side(shard.image_size(row), target)
+        pixels = self.crop(self.decoder(picture, field, side=side), *crop)
+        return Sample(index, shard.key(row), pixels, caption, record, substituted)
 
-    def _read(self, shard: ShardIndex, row: int, field: str) -> bytes:
-        """Returns a field's bytes; raises BadSample if they are damaged, DataError if they cannot be read."""
-        extent = shard.extent(row, field)
-        if extent is None:
-            raise BadSample(field, "absent")
-        where = f"{shard.shard} key {shard.key(row)!r} field {field}"
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                data = self._files.read(shard.shard, extent.offset, extent.size)
-                break
-            except OSError as error:
-                if attempt == READ_ATTEMPTS - 1:
-                    raise DataError(
-                        f"{where}: read failed {READ_ATTEMPTS} times ({error.strerror}); check the disk"
-                    ) from error
-                self._files.forget(shard.shard)
-                time.sleep(FIRST_WAIT * 2**attempt)
-        if len(data) < extent.size:
-            raise DataError(f"{where}: the shard was cut while in use; copy it again")
-        if (actual := google_crc32c.value(data)) != extent.crc32c:
-            raise BadSample(field, f"crc32c is {actual:08x}, its index says {extent.crc32c:08x}")
-        return data
-
-    def _count(self, place: tuple[int, int], shard: ShardIndex, error: BadSample) -> None:
+    def _count(self, place: tuple[str, int], shard: ShardIndex, error: BadSample) -> None:
         """Writes a bad sample down the first time this process meets it; raises DataError above the cap."""
         if place in self._bad:
             return
@@ -208,13 +247,45 @@ class ShardDataset(Dataset[Sample]):
         }
         if self.bad_samples is not None:
             _append(self.bad_samples, json.dumps(entry) + "\n")
-        allowed = math.ceil(self.max_bad_fraction * len(self.view))
+        samples = sum(len(view) for view in self.views)
+        allowed = math.ceil(self.max_bad_fraction * samples)
         if len(self._bad) > allowed:
             raise DataError(
-                f"{len(self._bad)} bad samples, {allowed} of {len(self.view)} allowed, the last one "
+                f"{len(self._bad)} bad samples, {allowed} of {samples} allowed, the last one "
                 f"{shard.shard} key {entry['key']!r} {error}; make the shards again, "
                 "or raise data.max_bad_fraction"
             )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns how two datasets differ, a line each, from what their `describe` gave."""
+    found = []
+    if len(before["sources"]) != len(now["sources"]):
+        found.append(f"{len(before['sources'])} sources, now {len(now['sources'])}")
+    for number, (old, new) in enumerate(zip(before["sources"], now["sources"], strict=False)):
+        name = f"source {number + 1}: " if len(now["sources"]) > 1 else ""
+        found += [name + line for line in diff(old, new)]
+    if before["captions"] != now["captions"]:
+        found.append(f"captions were {before['captions']}, now {now['captions']}")
+    for key in sorted(before["plan"].keys() | now["plan"].keys()):
+        if before["plan"].get(key) != now["plan"].get(key):
+            found.append(f"{key} were {before['plan'].get(key)}, now {now['plan'].get(key)}")
+    return found
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """Returns a uint8 tensor to be filled; in a loader's worker it is handed over without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    size = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)).view(shape)
+
+
+def _short_side(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """Returns how many pixels the short side has of a picture (width, height) that just covers `target`."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(1, math.ceil(min(size) * scale))
 
 
 def _append(path: Path, line: str) -> None:

@@ -46,7 +46,7 @@ class Digest(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One regular file of an archive: where its bytes lie, their crc32c and their first HEAD_BYTES."""
+    """One regular file of an archive: where its bytes lie, their crc32c and the first of them."""
 
     name: str
     offset: int
@@ -58,9 +58,10 @@ class Member:
 class _Reader:
     """Reads exactly, counts the position and feeds every byte to the digest."""
 
-    def __init__(self, stream: BinaryIO, digest: Digest) -> None:
+    def __init__(self, stream: BinaryIO, digest: Digest, head_bytes: int) -> None:
         self.stream = stream
         self.digest = digest
+        self.head_bytes = head_bytes
         self.position = 0
 
     def take(self, count: int, what: str) -> bytes:
@@ -72,13 +73,13 @@ class _Reader:
         return data
 
     def payload(self, size: int, name: str) -> tuple[int, bytes]:
-        """Returns the crc32c and the first HEAD_BYTES of the next `size` bytes, and checks their padding."""
+        """Returns the crc32c and the first `head_bytes` of the next `size` bytes; checks their padding."""
         crc, head, left = 0, b"", size
         while left:
             chunk = self.take(min(left, CHUNK), f"member {name!r}")
             crc = google_crc32c.extend(crc, chunk)
-            if not head:
-                head = chunk[:HEAD_BYTES]
+            if len(head) < self.head_bytes:
+                head += chunk[: self.head_bytes - len(head)]
             left -= len(chunk)
         padding = self.take(-size % BLOCK, f"the padding of member {name!r}")
         if padding.strip(b"\0"):
@@ -86,15 +87,15 @@ class _Reader:
         return crc, head
 
 
-def scan(stream: BinaryIO, digest: Digest | None = None) -> Iterator[Member]:
-    """Yields every regular file of an archive, in order, reading each byte once.
+def scan(stream: BinaryIO, digest: Digest | None = None, head_bytes: int = HEAD_BYTES) -> Iterator[Member]:
+    """Yields every regular file of an archive, in order, reading each byte once; keeps `head_bytes` of each.
 
     `digest` is fed the whole file, so its value is the file's after the last member. Directories are passed
     over. Raises `TarError` for a cut, a damaged header, non-zero padding, a missing end mark, bytes after it,
     links, devices and sparse files. Source: POSIX.1-2001 pax interchange format; GNU tar manual, "Basic Tar
     Format".
     """
-    reader = _Reader(stream, digest or hashlib.sha256())
+    reader = _Reader(stream, digest or hashlib.sha256(), head_bytes)
     name, size = None, None  # what an extension header says about the next member
     for _ in range(MAX_MEMBERS):
         start = reader.position
@@ -145,8 +146,7 @@ def _check(header: bytes, start: int) -> None:
     stated = _number(header[148:156], start, "checksum")
     blank = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(blank)
-    signed = unsigned - 256 * sum(byte > 127 for byte in blank)
-    if stated not in (unsigned, signed):
+    if stated != unsigned and stated != unsigned - 256 * sum(byte > 127 for byte in blank):
         raise TarError(f"the header at byte {start} is damaged (checksum {stated}, expected {unsigned})")
 
 

@@ -1,295 +1,25 @@
-"""From bytes to what a batch holds: pictures decoded strictly, captions and records cleaned, crops by draws.
+"""From bytes to what a batch holds: the decoders of fields, and the crop that makes pictures one size.
 
-Only JPEG, PNG and WebP are opened, never by content sniffing into other decoders (no EPS, so no Ghostscript).
-The header's size is checked before a pixel is decoded. What a viewer would show is what comes out: EXIF
-orientation applied, alpha composited, 16 bits scaled, an embedded colour profile converted to sRGB. A profile
-that names itself sRGB is not converted, nor one that littleCMS refuses, nor a gray one. Of an animation the
-first frame is taken. Use: `image = Decoder()(data, "jpg", side=64)`; `pixels = ResizeCrop(64)(image)`.
+Decoding lies in `data.decoder` (pictures) and `data.fields` (captions, records), which need no torch. Use:
+`image = Decoder()(data, "jpg", side=64)`; `pixels = ResizeCrop(64)(image)`.
 """
-
-import hashlib
-import io
-import json
-import re
-import unicodedata
-import warnings
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
-# First bytes of what is often found under an image's name.
-KINDS = (
-    (b"GIF8", "image/gif"),
-    (b"BM", "image/bmp"),
-    (b"II*\0", "image/tiff"),
-    (b"MM\0*", "image/tiff"),
-    (b"%!PS", "application/postscript"),
-    (b"%PDF", "application/pdf"),
-    (b"PK\x03\x04", "application/zip"),
-    (b"\x1f\x8b", "application/gzip"),
-    (b"<?xml", "text/xml"),
-    (b"<svg", "image/svg+xml"),
-    (b"<!doctype html", "text/html"),
-    (b"<html", "text/html"),
-    (b"{", "application/json"),
-    (b"[", "application/json"),
-)
-# C0 and C1 but for white space, bidirectional overrides and byte order marks: nothing of a caption's meaning.
-CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+from data.decoder import Decoder
+from data.fields import BadSample, decode_caption, decode_json, image_size
 
-
-class BadSample(Exception):  # noqa: N818 - it is no error of the program
-    """Says which field of one sample cannot be used, and why; the sample is replaced, the run goes on."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
-        return BadSample, (self.field, self.reason)
-
-
-def image_size(head: bytes) -> tuple[int, int]:
-    """Returns (width, height) in pixels, upright, from an image's first bytes; (0, 0) if unknown.
-
-    Nothing is decoded. `head` may be the whole file.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(head), formats=FORMATS)
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-    except Exception:
-        return 0, 0
-    width, height = image.size
-    return (height, width) if exif.get(ORIENTATION) in (5, 6, 7, 8) else (width, height)
-
-
-class Decoder:
-    """Decodes an image field to an upright RGB picture, or raises BadSample.
-
-    Refused from the header: more than `max_pixels`, a side below `min_side` pixels, a long side of more than
-    `max_aspect` short ones. `background` (R, G, B), 0 to 255, is what transparent pixels are laid on.
-    """
-
-    def __init__(
-        self,
-        max_pixels: int = 1 << 26,
-        min_side: int = 8,
-        max_aspect: float = 16.0,
-        background: tuple[int, ...] = (255, 255, 255),
-    ) -> None:
-        if len(background) != 3 or not all(0 <= value <= 255 for value in background):
-            raise ValueError(
-                f"background={background}; it must be three numbers from 0 to 255, as 255,255,255"
-            )
-        self.max_pixels = max_pixels
-        self.min_side = min_side
-        self.max_aspect = max_aspect
-        self.background = background
-
-    def __call__(self, data: bytes, field: str = "image", side: int = 0) -> Image.Image:
-        """Returns the picture in mode RGB; given `side`, a JPEG may come smaller, but at least 2*side.
-
-        Raises BadSample for anything that is not a whole, allowed picture.
-        """
-        if not data:
-            raise BadSample(field, "empty file (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-                self._check_size(image, field)
-                if side:
-                    # Only JPEG can: its decoder then skips frequencies that the resize would drop.
-                    image.draft("RGB", _draft_size(image.size, 2 * side))
-                image.load()
-                return self._finish(image)
-            except BadSample:
-                raise
-            except Image.UnidentifiedImageError as error:
-                raise BadSample(
-                    field, f"not an image ({_kind(data)}); JPEG, PNG and WebP are read"
-                ) from error
-            except Image.DecompressionBombError as error:
-                raise BadSample(field, f"more than {self.max_pixels} pixels: {error}") from error
-            except Exception as error:
-                # Pillow's decoders raise a dozen types for damaged files; each is the same to a training run.
-                raise BadSample(field, f"damaged: {error!r}"[:200]) from error
-
-    def _check_size(self, image: Image.Image, field: str) -> None:
-        width, height = image.size
-        if width * height > self.max_pixels:
-            raise BadSample(field, f"{width}x{height} is more than max_pixels={self.max_pixels}")
-        if min(width, height) < self.min_side:
-            raise BadSample(field, f"{width}x{height} has a side below min_side={self.min_side}")
-        if max(width, height) > self.max_aspect * min(width, height):
-            raise BadSample(field, f"{width}x{height} is longer than max_aspect={self.max_aspect:g}")
-
-    def _finish(self, image: Image.Image) -> Image.Image:
-        """Returns the loaded picture in sRGB, on the background, upright."""
-        profile = image.info.get("icc_profile")
-        orientation = _orientation(image)
-        if image.mode == "CMYK":
-            image = _convert_profile(image, profile) or image.convert("RGB")
-        else:
-            image = _to_rgb(image, self.background)
-            image = _convert_profile(image, profile) or image
-        return image if orientation in (None, 1) else _upright(image, orientation)
-
-
-def _draft_size(size: tuple[int, int], short: int) -> tuple[int, int]:
-    """Returns the size with `short` as the shorter side, rounded up."""
-    least = min(size)
-    return -(-size[0] * short // least), -(-size[1] * short // least)
-
-
-def _kind(data: bytes) -> str:
-    start = data[:512].lstrip().lower()
-    for magic, kind in KINDS:
-        if start.startswith(magic.lower()) or data.startswith(magic):
-            return kind
-    if data[4:8] == b"ftyp":
-        return "image/" + data[8:12].decode("ascii", "replace").strip()
-    return f"unknown, starts with {data[:8].hex(' ')}"
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        value = image.getexif().get(ORIENTATION)
-    except Exception:
-        return None  # damaged EXIF is no reason to lose a good picture
-    return value if isinstance(value, int) else None
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """Returns the picture turned as EXIF says; values outside 1 to 8 turn nothing."""
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    return image.transpose(turns[orientation]) if orientation in turns else image
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """Returns any mode but CMYK as RGB: 16 bits scaled to 8, transparency laid on the background."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _from_16_bits(image)
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        canvas = Image.new("RGBA", rgba.size, (*background, 255))
-        return Image.alpha_composite(canvas, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Returns a 16-bit gray picture as 8 bits: 65535 becomes 255, and a transparent value becomes alpha."""
-    values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    gray = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return gray
-
-
-def _convert_profile(image: Image.Image, profile: object) -> Image.Image | None:
-    """Returns the RGB or CMYK picture in sRGB, None where its profile is not used."""
-    if not isinstance(profile, bytes) or not profile or b"sRGB" in profile or b"s\0R\0G\0B" in profile:
-        return None
-    transform = _transform(_Profile(profile), image.mode)
-    return ImageCms.applyTransform(image, transform) if transform else None
-
-
-class _Profile:
-    """A colour profile that hashes fast, so that a shard's thousand equal profiles are opened once."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.digest = hashlib.blake2b(data, digest_size=16).digest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Profile) and other.digest == self.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-
-@lru_cache(maxsize=32)
-def _transform(profile: _Profile, mode: str) -> ImageCms.ImageCmsTransform | None:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile.data))
-        if source.profile.xcolor_space.strip() != mode:
-            return None
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-
-def decode_caption(data: bytes, field: str = "txt", max_bytes: int = 1 << 14) -> str:
-    """Returns a caption as clean text: NFC, no control characters, white space folded; may be "".
-
-    A byte order mark is dropped. Raises BadSample for more than `max_bytes` bytes, and for other encodings.
-    """
-    if len(data) > max_bytes:
-        raise BadSample(field, f"caption of {len(data)} bytes, at most {max_bytes} are read")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadSample(field, "UTF-16 text at byte 0; save it as UTF-8")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample(field, f"no UTF-8 at byte {error.start} ({error.reason})") from error
-    return " ".join(unicodedata.normalize("NFC", CONTROLS.sub("", text)).split())
-
-
-def decode_json(data: bytes, field: str = "json", max_bytes: int = 1 << 18) -> dict[str, Any]:
-    """Returns the record a JSON field holds.
-
-    Raises BadSample with the position for malformed JSON, and for more than `max_bytes` bytes, too deep
-    nesting, repeated names, NaN and infinities, and anything but an object.
-    """
-    if len(data) > max_bytes:
-        raise BadSample(field, f"JSON of {len(data)} bytes, at most {max_bytes} are read")
-    try:
-        record = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise BadSample(field, "JSON nested too deep") from error
-    except ValueError as error:
-        raise BadSample(field, f"bad JSON: {error}"[:200]) from error
-    if not isinstance(record, dict):
-        raise BadSample(field, f"JSON holds a {type(record).__name__}, not an object")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"name {next(n for n in names if names.count(n) > 1)!r} occurs twice in one object")
-    return record
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+__all__ = ["BadSample", "Decoder", "ResizeCrop", "decode_caption", "decode_json", "image_size"]
 
 
 class ResizeCrop:
-    """Makes a square of a picture: the short side is resized to `resolution`, antialiased, the rest cropped.
+    """Makes a picture one size: resized, antialiased, until it covers the target, and the rest cropped.
 
-    With `random_crop` the draws place the crop, else it is central; with `flip` half of the pictures are
-    mirrored.
+    The target is by default a square of `resolution` pixels. With `random_crop` the draws place the crop,
+    else it is central; with `flip` half of the pictures are mirrored.
     """
 
     def __init__(self, resolution: int, random_crop: bool = False, flip: bool = False) -> None:
@@ -299,17 +29,37 @@ class ResizeCrop:
         self.random_crop = random_crop
         self.flip = flip
 
-    def __call__(self, image: Image.Image, x: float = 0.5, y: float = 0.5, mirror: float = 1.0) -> Tensor:
-        """Returns uint8 [3 H W], H = W = resolution, from an RGB picture and three draws in [0, 1)."""
+    def __call__(
+        self,
+        image: Image.Image,
+        x: float = 0.5,
+        y: float = 0.5,
+        mirror: float = 1.0,
+        target: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Returns uint8 [3 H W] of an RGB picture and three draws in [0, 1), written to `out` where given.
+
+        `target` is (W, H) in pixels.
+        """
         width, height = image.size
-        side = min(width, height)
+        size = target or (self.resolution, self.resolution)
+        # The largest part of the picture that has the target's aspect.
+        if width * size[1] <= height * size[0]:
+            part = (float(width), width * size[1] / size[0])
+        else:
+            part = (height * size[0] / size[1], float(height))
         if not self.random_crop:
             x = y = 0.5
-        left, top = (width - side) * x, (height - side) * y
-        size, box = (self.resolution, self.resolution), (left, top, left + side, top + side)
+        left, top = (width - part[0]) * x, (height - part[1]) * y
         if image.size != size:
+            # Rounding may have put the far edge a hair outside.
+            box = (left, top, min(width, left + part[0]), min(height, top + part[1]))
             image = image.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
         pixels = np.asarray(image).transpose(2, 0, 1)
         if self.flip and mirror < 0.5:
             pixels = pixels[:, :, ::-1]
-        return torch.from_numpy(pixels.copy())
+        if out is None:
+            return torch.from_numpy(pixels.copy())
+        out.numpy()[...] = pixels
+        return out

@@ -17,7 +17,7 @@ from data.shard_index import DataError, ShardIndex, build_index, index_path, wri
 from data.tar import BLOCK
 
 KEY = re.compile(r"[^/.\x00-\x1f\x7f][^.\x00-\x1f\x7f]*(?<!/)")
-FIELD = re.compile(r"[a-z0-9_]+")
+FIELD = re.compile(r"[a-z0-9_]+(\.npy)?")
 RECORD = 20 * BLOCK  # what tar pads an archive to
 
 
@@ -26,7 +26,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
     The same samples give the same bytes. An existing shard is replaced whole or not at all. Raises DataError
     for a key that is empty, repeated, or holds dots or control characters, a field that is not lower-case
-    letters and digits, a sample without fields, and no samples; OSError where the disk refuses.
+    letters and digits (maybe with `.npy` after it), a sample without fields, and no samples; OSError where
+    the disk refuses.
     """
     part = path.with_name(path.name + ".part")
     try:

@@ -3,22 +3,23 @@
     images-000096000/
       weights.safetensors  ema.safetensors  optimizer.safetensors  config.json  state.json
       manifest.json        size and SHA-256 of every other file; written last
+    last  best             links to such folders, for people
+    best.json              {"folder", "metric", "value"}
 
-A folder is staged beside its target, fsynced and renamed into place, so that a kill or a full disk at any
-moment leaves the folders before it untouched. No folder is ever written to or replaced: the same step saved
-again, after a resume from before it, becomes images-000096000-1. The highest number that verifies is the one
-that is loaded, and two that verify are always kept. There is no pickle anywhere.
+A folder is staged beside its target, fsynced, read back and renamed into place, so that a kill or a full
+disk at any moment leaves the folders before it untouched. No folder is ever written to or replaced: the same
+step saved again, after a resume from before it, becomes images-000096000-1. The highest number that verifies
+is the one that is loaded, whatever links, clocks and times of change say, and two that verify are always
+kept. There is no pickle anywhere. `models/checkpoint_writer.py` saves while training goes on.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +28,100 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.checkpoint_folders import (
+    LAST,
+    Best,
+    CheckpointError,
+    Retention,
+    folders,
+    free_name,
+    fsync,
+    mark_best,
+    point,
+    rank,
+    remove,
+    remove_abandoned,
+    superseded,
+)
+from models.checkpoint_folders import best_of as best_of
+
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_KEEP = 2
-_NAME = re.compile(r"images-(\d+)(?:-(\d+))?")
-_HIDDEN = ".images-*.part"
+#: So often the newest is looked for while others are removed.
+_LOOKS = 1_000
+
+#: Bytes of an element -> whole numbers to compare its bits as; several times as fast as byte by byte.
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 Tensors = Mapping[str, Tensor]
-
-
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged, or made for something else."""
+KEEP_TWO = Retention()
 
 
 class Checkpoint:
     """A verified checkpoint folder.
 
     Args:
-        folder: the folder; every file is read and compared with the manifest at once.
+        folder: the folder, or a link to it; every file is read and compared with the manifest at once.
 
     Raises:
         CheckpointError: a file is missing, of another size, or of another SHA-256 than the manifest says.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         try:
+            if folder.is_symlink():
+                folder = folder.resolve()  # a moment later it may point elsewhere
             manifest = (folder / MANIFEST).read_bytes()
             self._files = _listing(manifest)
             for name, (size, sha256) in self._files.items():
                 _compare(folder / name, size, sha256)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise CheckpointError(
                 f"{folder}: cannot be read ({error}); it was not finished, or the disk fails"
             ) from None
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from None
+        self.folder = folder
         #: SHA-256 of the manifest: one hash that stands for every byte of the checkpoint.
         self.sha256 = hashlib.sha256(manifest).hexdigest()
 
     @property
     def images(self) -> int:
-        """Training images seen when it was written."""
-        return _rank(self.folder)[0]
+        """Training images seen when it was written, from the folder's name.
+
+        Raises:
+            CheckpointError: the folder was given another name.
+        """
+        images = rank(self.folder)[0]
+        if images < 0:
+            raise CheckpointError(f"{self.folder}: does not tell its images; name it images-<number> again")
+        return images
+
+    def digest(self, names: Sequence[str] = ("weights", "ema", "optimizer")) -> str:
+        """SHA-256 over the files of tensors called `names`: one line to compare two runs by.
+
+        Raises:
+            CheckpointError: there is none of such a name.
+        """
+        hashes = [f"{name} {self._files[self._path(f'{name}.safetensors').name][1]}\n" for name in names]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of `<name>.safetensors`, on the CPU.
 
         Raises:
-            CheckpointError: there is none, or the folder was removed in the meantime.
+            CheckpointError: there is none, it is of another format, or the folder was removed meanwhile.
         """
         path = self._path(f"{name}.safetensors")
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: is no safetensors file ({error}); nothing else is read, take another checkpoint"
+            ) from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch could not open it
             raise CheckpointError(f"{path}: can no longer be read ({error})") from None
 
     def document(self, name: str) -> dict[str, Any]:
@@ -104,66 +143,77 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    parent: Path, images: int, tensors: Mapping[str, Tensors], documents: Mapping[str, Mapping[str, Any]]
+    parent: Path,
+    images: int,
+    tensors: Mapping[str, Tensors],
+    documents: Mapping[str, Mapping[str, Any]],
+    retention: Retention = KEEP_TWO,
+    best: Best | None = None,
 ) -> Path:
-    """The new folder `parent/images-<images>`, complete and renamed into place.
+    """The new folder `parent/images-<images>`, complete, read back and renamed into place.
 
-    Afterwards the older ones are removed, all but the newest that verifies. Only one process may save to
-    `parent` at a time.
+    Afterwards `last` points to it, and the older ones go that `retention` does not keep. Only one process may
+    save to `parent` at a time.
 
     Args:
         parent: folder of a stage's checkpoints.
         images: training images seen.
         tensors: file name without suffix -> named tensors.
         documents: file name without suffix -> JSON content.
+        retention: which older ones stay.
+        best: given where this one is the best so far.
 
     Raises:
-        OSError: the disk is full or not writable; nothing that was there before is touched.
+        OSError: the disk is full, not writable, or gives back other bytes than it was given; nothing that was
+            there before is touched.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in parent.glob(_HIDDEN):  # by a process that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    target = _free_name(parent, images)
+    target = free_name(parent, images)
     staging = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-    staging.mkdir()
     try:
-        for name, named in tensors.items():
-            try:
-                save_file(_separate(named), staging / f"{name}.safetensors")
-            except SafetensorError as error:
-                raise OSError(f"{target}: {name}.safetensors could not be written: {error}") from None
-        for name, content in documents.items():
-            (staging / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(staging.iterdir())
-        }
-        for path in staging.iterdir():
-            _fsync(path)
-        manifest = {"format": FORMAT_VERSION, "files": files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _fsync(staging / MANIFEST)
-        _fsync(staging)
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        staging.mkdir()
+        _stage(staging, tensors, documents)
         staging.rename(target)
-        _fsync(parent)
-    except BaseException:
+        fsync(parent)
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{target}: {_why(error, parent, tensors)}") from None
         raise
-    _remove_older(target)
+    point(parent / LAST, target.name)
+    try:
+        if best is not None:
+            mark_best(parent, target, best.metric, best.value)
+    except OSError as error:
+        logger.warning("%s is saved, but could not be marked as the best: %s", target, error)
+    try:
+        for older in superseded(target, retention, _verifies):
+            remove(older)
+    except OSError as error:
+        logger.warning("%s is saved, but older ones could not be removed: %s", target, error)
     return target
 
 
 def newest(parent: Path) -> Checkpoint | None:
     """The checkpoint of the most images under `parent` that verifies; None where there is none.
 
-    A damaged one is passed over with a warning, never deleted.
+    A damaged one is passed over with a warning, never deleted. One that another process removes meanwhile has
+    made way for a newer one, which is looked for.
     """
-    for folder in reversed(_folders(parent)):
-        try:
-            return Checkpoint(folder)
-        except CheckpointError as error:
-            logger.warning("passing over a damaged checkpoint: %s", error)
-    return None
+    for _ in range(_LOOKS):
+        vanished = False
+        for folder in reversed(folders(parent)):
+            try:
+                return Checkpoint(folder)
+            except CheckpointError as error:
+                vanished = not folder.exists()
+                if vanished:
+                    break
+                logger.warning("passing over a damaged checkpoint: %s", error)
+        if not vanished:
+            return None
+    raise CheckpointError(f"{parent}: checkpoints vanish while they are read; is another run writing there?")
 
 
 def save_single_file(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
@@ -171,9 +221,9 @@ def save_single_file(path: Path, tensors: Tensors, metadata: Mapping[str, str]) 
     part = path.with_name(f".{path.name}.part")
     try:
         save_file(_separate(tensors), part, dict(metadata))
-        _fsync(part)
+        fsync(part)
         part.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from None
     finally:
@@ -190,7 +240,7 @@ def load_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         return load_file(path), metadata, _sha256(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
 
 
@@ -251,57 +301,81 @@ def _separate(tensors: Tensors) -> dict[str, Tensor]:
     return separate
 
 
-def _rank(folder: Path) -> tuple[int, int]:
-    """Images seen, and how often that step had been saved before; (-1, 0) if it is no checkpoint's name."""
-    match = _NAME.fullmatch(folder.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+def _stage(staging: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes all files of a checkpoint into `staging` and to the disk, the manifest last.
 
-
-def _free_name(parent: Path, images: int) -> Path:
-    """A name in `parent` that ranks above every folder of the same step."""
-    again = max((_rank(p)[1] + 1 for p in _folders(parent) if _rank(p)[0] == images), default=0)
-    return parent / (f"images-{images:012d}" + (f"-{again}" if again else ""))
-
-
-def _folders(parent: Path) -> list[Path]:
-    """Checkpoint folders, fewest images first; by number, never by time of change."""
-    return sorted((p for p in parent.glob("images-*") if _NAME.fullmatch(p.name)), key=_rank)
-
-
-def _remove_older(saved: Path) -> None:
-    """Removes what lies below `saved` but the newest `_KEEP - 1` that verify.
-
-    Those above it stay: a run that was resumed from before them found them damaged, and they are no reason to
-    remove what it writes.
+    Raises:
+        OSError: a file cannot be written, or does not read back as it was written.
     """
-    kept = 0
-    for folder in reversed([p for p in _folders(saved.parent) if _rank(p) < _rank(saved)]):
-        if kept == _KEEP - 1:
-            _remove(folder)
-            continue
+    for name, named in tensors.items():
+        path = staging / f"{name}.safetensors"
+        separate = _separate(named)
         try:
-            Checkpoint(folder)
-            kept += 1
-        except CheckpointError as error:
-            logger.warning("a damaged checkpoint does not count as one to keep: %s", error)
+            save_file(separate, path)
+        except SafetensorError as error:
+            raise OSError(f"{path.name} could not be written: {error}") from None
+        fsync(path)
+        _require_same(path, separate)
+    for name, content in documents.items():
+        path = staging / f"{name}.json"
+        text = json.dumps(content, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+        fsync(path)
+        if path.read_text(encoding="utf-8") != text:
+            raise OSError(f"{path.name} does not read back as it was written; the disk fails")
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(staging.iterdir())
+    }
+    manifest = {"format": FORMAT_VERSION, "files": files}
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    fsync(staging / MANIFEST)
+    fsync(staging)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder, out of sight first so that a kill leaves no half one; if it cannot be, it stays."""
-    hidden = folder.with_name(f".{folder.name}.old.part")
+def _require_same(path: Path, tensors: Tensors) -> None:
+    """Raises OSError where the file at `path` does not hold `tensors` to the bit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = set(file.keys()) == set(tensors) and all(
+                _same(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+            )
+    except (SafetensorError, RuntimeError):
+        same = False
+    if not same:
+        raise OSError(f"{path.name} does not read back as it was written; the disk fails")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether shape, type and bytes are the same, also of what is no number."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    whole = _WHOLE[one.element_size()]
+    return one.flatten().view(whole).equal(other.flatten().view(whole))
+
+
+def _why(error: OSError, parent: Path, tensors: Mapping[str, Tensors]) -> str:
+    """What a failed save says: the reason, the space there is and the space it takes."""
+    reason = str(error) if error.errno is None else f"could not be written: {error}"  # None: raised by us
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    free = "unknown"
     with contextlib.suppress(OSError):
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        free = f"{shutil.disk_usage(parent).free / 2**20:,.1f} MiB"
+    return (
+        f"{reason}; it takes {needed / 2**20:,.1f} MiB and {free} are free; make room or mend the disk, "
+        "the checkpoints before it are whole"
+    )
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        Checkpoint(folder)
+    except CheckpointError as error:
+        logger.warning("a damaged checkpoint does not count as one to keep: %s", error)
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

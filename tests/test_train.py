@@ -20,6 +20,7 @@ from evaluation.adherence import AdherenceJudge, save_judge
 from models.stages import preflight
 from models.stages.callbacks import Clock
 from models.stages.compute import Compute
+from models.stages.lock import run_lock
 from scripts.export import main as export
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ def copied(first: Path, name: str) -> tuple[Path, str]:
 def assert_same(one: Path, other: Path, *stages: str) -> None:
     """The last checkpoints hold the same bits."""
     for stage in stages:
-        mine, theirs = (sorted((run / stage / "checkpoints").iterdir())[-1] for run in (one, other))
+        mine, theirs = (sorted((run / stage / "checkpoints").glob("images-*"))[-1] for run in (one, other))
         assert mine.name == theirs.name
         for file in ("weights", "ema", "optimizer"):
             tensors, wanted = (load_file(folder / f"{file}.safetensors") for folder in (mine, theirs))
@@ -123,19 +124,23 @@ def test_one_command_trains_and_reports(first: Path) -> None:
 
 
 def test_the_same_command_again_trains_nothing(first: Path, command: Command, capsys: Any) -> None:
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    def times() -> dict[Path, int]:
+        kept = (path for path in first.rglob("*") if path.is_file() and path.name != "lock.json")
+        return {path: path.stat().st_mtime_ns for path in kept}
+
+    before = times()
     assert command("train", *WORDS) == 0
     printed = capsys.readouterr().out
     assert "stage autoencoder: done, 32 images seen" in printed
     assert "stage diffusion: done, 64 images seen" in printed
     assert "Next: python sample.py checkpoint=runs/tiny" in printed
-    assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == before
+    assert times() == before
 
 
 def test_a_stopped_autoencoder_goes_on_bit_for_bit(first: Path, command: Command, capsys: Any) -> None:
     run, folder = copied(first, "stopped")
     shutil.rmtree(run / "diffusion")
-    shutil.rmtree(max((run / "autoencoder" / "checkpoints").iterdir()))
+    shutil.rmtree(max((run / "autoencoder" / "checkpoints").glob("images-*")))
     assert command("train", *WORDS, folder) == 4
     assert "go on with resume=true, or give another name" in capsys.readouterr().err
     assert command("train", *WORDS, folder, "resume=true") == 0
@@ -152,7 +157,7 @@ def test_a_killed_run_goes_on_bit_for_bit(first: Path, command: Command) -> None
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     run = place / "killed" / "tiny"
-    assert [p.name for p in (run / "diffusion" / "checkpoints").iterdir()] == ["images-000000000032"]
+    assert [p.name for p in (run / "diffusion" / "checkpoints").glob("images-*")] == ["images-000000000032"]
     assert command("train", *words, "resume=true") == 0
     assert_same(run, first, "autoencoder", "diffusion")
     seen = [
@@ -185,30 +190,31 @@ def test_another_autoencoder_is_noticed(first: Path, command: Command, capsys: A
     """An autoencoder that is trained further leaves a half trained diffusion stage without its latents."""
     _, folder = copied(first, "longer")
     run = first.parents[1] / "longer" / "tiny"
-    shutil.rmtree(max((run / "diffusion" / "checkpoints").iterdir()))
+    shutil.rmtree(max((run / "diffusion" / "checkpoints").glob("images-*")))
     assert command("train", *WORDS, folder, "resume=true", "plan.autoencoder.images=36") == 4
     assert "was trained on the latents of another autoencoder" in capsys.readouterr().err
 
 
-def test_an_interrupt_exits_with_130(
-    first: Path, command: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_with_its_code(
+    number: int, code: int, first: Path, command: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def press(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Clock, "on_train_batch_end", press)
-    assert command("train", *WORDS, "name=interrupted") == 130
-    assert capsys.readouterr().err.strip().endswith("train.py: interrupted; continue with resume=true")
+    monkeypatch.setattr(Clock, "on_train_batch_start", press)
+    assert command("train", *WORDS, f"name=signal-{code}") == code
+    assert capsys.readouterr().err.strip() == "train.py: stopped and saved; continue with resume=true"
+    kept = first.parent / f"signal-{code}" / "autoencoder" / "checkpoints"
+    assert [p.name for p in kept.glob("images-*")] == ["images-000000000004"]
 
 
-def test_an_end_from_outside_exits_with_143(
-    first: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def end(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Clock, "on_train_batch_end", end)
-    assert command("train", *WORDS, "name=terminated") == 143
+def test_a_second_command_in_the_same_folder_is_refused(first: Path, command: Command, capsys: Any) -> None:
+    with run_lock(first, [1]):
+        assert command("train", *WORDS) == 5
+    error = capsys.readouterr().err
+    assert f"runs/tiny is in use by process {os.getpid()} on " in error
+    assert "give this run another name=" in error
 
 
 def test_pictures_from_the_run_and_from_its_export(first: Path, command: Command, capsys: Any) -> None:

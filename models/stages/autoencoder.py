@@ -1,6 +1,7 @@
 """The autoencoder stage: pictures in, the same pictures out, through a few latent channels."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -11,6 +12,7 @@ from models.autoencoder import Autoencoder
 from models.diffusion.draws import Draws, Purpose
 from models.stages.compute import Compute
 from models.stages.ema import Ema
+from models.stages.guard import Guard
 from models.stages.losses import ReconstructionLoss, psnr_db
 from models.stages.optim import OptimizerSettings
 from models.stages.plan import Plan
@@ -29,6 +31,8 @@ class AutoencoderStage(LightningModule):
     """
 
     name = "autoencoder"
+    #: Set by whoever trains.
+    guard: Guard
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class AutoencoderStage(LightningModule):
         self.plan = plan
         self.seed = seed
         self.images_seen = 0
+        self.unlogged_losses: list[float] = []
+        self.recent_losses: list[float] = []
         self.ema = Ema(self.networks, plan.ema_halflife_images)
         self.use(compute)
 
@@ -70,16 +76,16 @@ class AutoencoderStage(LightningModule):
         return self.loss(decoded, images, self.autoencoder.kl(moments), latents[0].numel()).mean()
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Held-out figures of the averaged weights: `loss` (distance of the pixels) and `psnr_db`."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Of the averaged weights, a sample: `loss` (distance of the pixels) and `psnr_db`."""
         network = self._averaged()
-        losses, psnrs = [], []
+        losses, psnrs = ([torch.zeros(0, device=self.compute.device)] for _ in range(2))
         for batch in batches:
             images, decoded = self._reconstruct(network, batch)
             no_kl = torch.zeros(len(images), device=images.device)
             losses.append(self.loss(decoded, images, no_kl, 1))
             psnrs.append(psnr_db(decoded, images))
-        return {"loss": torch.cat(losses).mean().item(), "psnr_db": torch.cat(psnrs).mean().item()}
+        return {"loss": torch.cat(losses), "psnr_db": torch.cat(psnrs)}
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> Tensor:
@@ -114,3 +120,10 @@ class AutoencoderStage(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
         return self.optimizer_settings.build(self.networks.named_parameters())
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Leaves it to the guard whether the step is applied."""
+        assert optimizer_closure is not None
+        self.guard.step(optimizer.optimizer, optimizer_closure)

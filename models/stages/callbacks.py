@@ -1,35 +1,48 @@
 """What happens around the training steps of every stage, each in a callback of its own.
 
-`Clock` counts images and moves the learning rate and the average; `FiniteGuard` refuses a step that is not a
-number; `Metrics`, `Validation` and `Checkpointing` act at intervals that are counted in images.
+`Clock` counts images and moves the learning rate and the average; `Metrics`, `Validation` and `Checkpointing`
+act at intervals that are counted in images; `Trace` writes down what each step saw; `Stopping` ends the run
+where all ranks agreed to. The step itself is the guard's (guard.py). Of several ranks the first one writes.
 """
 
 import json
+import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.batch import Batch
+from data.loader import Loader
 from data.progress import Progress
+from data.shard_index import write_atomic
 from models.stages.optim import learning_rate_factor
-from models.stages.stage import Stage, save_stage
+from models.stages.ranks import Ranks
+from models.stages.saving import Saver
+from models.stages.signals import SAVE, Signals
+from models.stages.stage import Stage
+
+#: Share of captions that do not fit into the text encoder from which on it is told.
+MANY_TRUNCATED = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class Clock(Callback):
     """Sets the learning rate before a step; counts its images and moves the average after it."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, ranks: Ranks) -> None:
         self.stage = stage
+        self.ranks = ranks
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
         plan = self.stage.plan
+        self.ranks.beat(self.stage.images_seen // plan.batch_size)
         factor = learning_rate_factor(
             self.stage.images_seen, plan.images, plan.warmup_images, plan.cooldown_fraction
         )
@@ -40,38 +53,31 @@ class Clock(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
         self.stage.images_seen += self.stage.plan.batch_size
-        self.stage.ema.update(self.stage.networks, self.stage.images_seen, self.stage.plan.batch_size)
+        if self.stage.guard.applied:
+            self.stage.ema.update(self.stage.networks, self.stage.images_seen, self.stage.plan.batch_size)
 
 
-class FiniteGuard(Callback):
-    """Stops before a loss or gradient that is not finite is applied, and writes down the batch's keys."""
+class Trace(Callback):
+    """A line for each step in `trace-<rank>.jsonl`: the samples of this rank and the exact losses.
 
-    def __init__(self, stage: Stage, folder: Path) -> None:
+    Steps that are made again after a resume appear again: the file is evidence, not a log.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, ranks: Ranks) -> None:
         self.stage = stage
-        self.path = folder / "not_finite.json"
-        self._batch: Batch | None = None
-        self._loss: Tensor | None = None
+        self.path = folder / f"trace-{ranks.rank}.jsonl"
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
-        self._batch = batch
-
-    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        self._loss = loss.detach()
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        gradients = [p.grad for p in self.stage.networks.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm) and self._loss is not None and torch.isfinite(self._loss):
-            return
-        keys = self._batch.keys if self._batch is not None else []
-        self.path.write_text(json.dumps({"images_seen": self.stage.images_seen, "keys": keys}) + "\n")
-        raise FloatingPointError(
-            f"stage {self.stage.name} at {self.stage.images_seen} images: the loss or a gradient is not "
-            f"finite; the step was not applied and the batch's keys are in {self.path}; lower "
-            f"optimizer.{self.stage.name}.lr, or look at those samples, then continue with resume=true"
-        )
+        guard = self.stage.guard
+        entry = {
+            "images": self.stage.images_seen - self.stage.plan.batch_size,
+            "indices": batch.indices.tolist(), "keys": batch.keys,
+            "loss": guard.own_loss.hex(), "global_loss": guard.loss.hex(),
+        }  # fmt: skip
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 class Metrics(Callback):
@@ -81,22 +87,25 @@ class Metrics(Callback):
         stage: what is trained.
         path: the file, appended to; lines past the images seen are dropped when a run is resumed.
         progress: told images seen and loss.
+        ranks: of which the first one writes.
     """
 
-    def __init__(self, stage: Stage, path: Path, progress: Progress) -> None:
+    def __init__(self, stage: Stage, path: Path, progress: Progress, ranks: Ranks) -> None:
         self.stage = stage
         self.path = path
         self.progress = progress
-        self._losses: list[Tensor] = []
+        self.ranks = ranks
         self._began = self._waited_since = time.perf_counter()
-        self._waited = 0.0
+        self._waited, self._steps, self._truncated, self._substituted = 0.0, 0, 0, 0
+        self._warned = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.path.exists():
+        if self.ranks.first and self.path.exists():
             # The last line was not finished where the run was killed, and has no newline.
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
-            self.path.write_text("".join(kept))
+            if len(kept) < len(lines) or not self.path.read_text().endswith("\n"):
+                write_atomic(self.path, "".join(kept).encode())
         self._began = self._waited_since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
@@ -105,33 +114,52 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        self._losses.append(outputs["loss"].detach())
+        if self.stage.guard.applied:
+            self.stage.unlogged_losses.append(self.stage.guard.loss)
+        self._steps += 1
+        self._truncated += batch.truncated
+        self._substituted += batch.substituted
         if crossed(self.stage, self.stage.plan.log_every_images):
             self._write(trainer)
         self._waited_since = time.perf_counter()
 
     def _write(self, trainer: Trainer) -> None:
         seconds = time.perf_counter() - self._began
-        images = len(self._losses) * self.stage.plan.batch_size
-        loss = torch.stack(self._losses).mean().item()
-        figures = {
-            "train_loss": loss,
+        losses, images = self.stage.unlogged_losses, self._steps * self.stage.plan.batch_size
+        figures = {"train_loss": fmean(losses)} if losses else {}  # none where every step was refused
+        figures |= {
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": images / seconds,
             "data_wait_share": self._waited / seconds,
+            "caption_truncated_share": self._truncated * self.ranks.size / images,
+            "substituted_share": self._substituted * self.ranks.size / images,
             "peak_memory_gib": peak_memory_gib(self.stage.compute.device),
         }
         self.record(trainer, figures)
-        self.progress.update(self.stage.images_seen, loss)
-        self._losses, self._waited, self._began = [], 0.0, time.perf_counter()
+        self.progress.update(self.stage.images_seen, figures.get("train_loss"))
+        self._warn(figures["caption_truncated_share"])
+        self.stage.unlogged_losses = []
+        self._truncated = self._substituted = 0
+        self._waited, self._began, self._steps = 0.0, time.perf_counter(), 0
+
+    def _warn(self, truncated: float) -> None:
+        if truncated > MANY_TRUNCATED and not self._warned and self.ranks.first:
+            self._warned = True
+            log.warning(
+                "stage %s: %.0f %% of the captions are longer than text_encoder.context_length, and what is "
+                "beyond it is not learnt; raise it, or shorten the captions",
+                self.stage.name, 100 * truncated,
+            )  # fmt: skip
 
     def restart_clock(self) -> None:
         """Counts time and waiting from now on, so that a validation is no part of the images/s."""
-        self._waited = 0.0
+        self._waited, self._steps, self._truncated, self._substituted = 0.0, 0, 0, 0
         self._began = self._waited_since = time.perf_counter()
 
     def record(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
         """Writes figures at the images seen so far to the file and to the logger."""
+        if not self.ranks.first:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"images": self.stage.images_seen, **figures}) + "\n")
         for logger in trainer.loggers:
@@ -143,22 +171,23 @@ class Validation(Callback):
 
     Args:
         stage: what is trained.
-        loader: held-out batches.
+        loader: this rank's share of the held-out batches.
         metrics: where the figures go.
         show: makes and keeps the pictures, given the images seen; returns the picture's path.
+        ranks: that measure together.
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        loader: DataLoader[Batch],
-        metrics: Metrics,
-        show: Callable[[int], Path],
+        self, stage: Stage, loader: Loader, metrics: Metrics, show: Callable[[int], Path], ranks: Ranks
     ) -> None:
         self.stage = stage
         self.loader = loader
         self.metrics = metrics
         self.show = show
+        self.ranks = ranks
+        #: The last figures, and the images seen when they were measured.
+        self.figures: dict[str, float] = {}
+        self.measured_at = -1
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
@@ -170,8 +199,14 @@ class Validation(Callback):
 
     def run(self, trainer: Trainer) -> None:
         """Measures and shows now."""
-        figures = {f"val_{key}": value for key, value in self.stage.validate(self.loader).items()}
-        self.metrics.record(trainer, figures)
+        values = self.stage.validate(self.loader)
+        self.figures = {
+            f"val_{key}": self.ranks.gather_tensor(value.cpu()).mean().item() for key, value in values.items()
+        }
+        self.measured_at = self.stage.images_seen
+        self.metrics.record(trainer, self.figures)
+        if not self.ranks.first:
+            return
         picture = self.show(self.stage.images_seen)
         for logger in trainer.loggers:
             log_image = getattr(
@@ -182,33 +217,48 @@ class Validation(Callback):
 
 
 class Checkpointing(Callback):
-    """A checkpoint at every interval; the last one is written by whoever finishes the stage.
+    """A checkpoint at every interval, where a signal asked for one, and where the figures are the best.
 
-    Args:
-        stage: what is trained.
-        parent: folder of the checkpoints.
-        config: the run's configuration as plain values.
-        fingerprints: of the dataset and of frozen networks.
+    The last one is written by whoever finishes the stage.
     """
 
-    def __init__(
-        self, stage: Stage, parent: Path, config: Mapping[str, Any], fingerprints: Mapping[str, str]
-    ) -> None:
+    def __init__(self, stage: Stage, saver: Saver, validation: Validation, signals: Signals) -> None:
         self.stage = stage
-        self.parent = parent
-        self.config = config
-        self.fingerprints = fingerprints
+        self.saver = saver
+        self.validation = validation
+        self.signals = signals
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        plan = self.stage.plan
-        if crossed(self.stage, plan.checkpoint_every_images) and self.stage.images_seen < plan.images:
-            self.save(trainer)
+        plan, seen = self.stage.plan, self.stage.images_seen
+        self.saver.check()
+        if seen >= plan.images:
+            return
+        figures = self.validation.figures if self.validation.measured_at == seen else {}
+        asked = self.stage.guard.asked
+        if (
+            asked
+            or crossed(self.stage, plan.checkpoint_every_images)
+            or self.saver.retry_due(seen)
+            or self.saver.better(figures)
+        ):
+            self.saver.save(trainer.optimizers[0], figures, wait=asked > SAVE)
+            if asked:
+                self.signals.saved()
 
-    def save(self, trainer: Trainer) -> None:
-        """Writes a checkpoint now."""
-        save_stage(self.stage, trainer.optimizers[0], self.parent, self.config, self.fingerprints)
+
+class Stopping(Callback):
+    """Ends the training after a step at which the ranks agreed that one of them was asked to stop."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
+    ) -> None:
+        if self.stage.guard.asked > SAVE:
+            trainer.should_stop = True
 
 
 def crossed(stage: Stage, interval: int) -> bool:

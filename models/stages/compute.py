@@ -7,6 +7,7 @@ Weights, optimizer and loss stay float32 everywhere.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import ConfigError
+from models.stages.faults import NotFinite
 
 #: Whether channels-last is faster, by what multiplies bfloat16; the figures are in docs/decisions/0002.
 _CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False}
@@ -58,7 +60,13 @@ class TrainerOptions:
         accelerator: the device.
         precision: what the networks multiply in.
         compile: whether the networks go through `torch.compile`.
-        threads: CPU threads; 0 takes one for each core this process may use.
+        threads: CPU threads of each process; 0 shares out the cores this process may use.
+        devices: processes that train together on this machine, each with its share of every batch.
+        timeout: seconds after which a process that does not answer the others ends the run.
+        not_finite: what follows a loss or gradient that is not finite.
+        spike_zscore: standard deviations above the recent losses from which a loss is told; 0 is never.
+        rewind_spikes: whether such a loss also takes the weights back to the last checkpoint.
+        trace: whether each step's samples and exact losses are written down.
     """
 
     def __init__(
@@ -67,13 +75,31 @@ class TrainerOptions:
         precision: Precision = Precision.auto,
         compile: Switch = Switch.auto,
         threads: int = 0,
+        devices: int = 1,
+        timeout: float = 1800.0,
+        not_finite: NotFinite = NotFinite.stop,
+        spike_zscore: float = 0.0,
+        rewind_spikes: bool = False,
+        trace: bool = False,
     ) -> None:
         if threads < 0:
             raise ValueError(f"threads is {threads}, but must be 0 or more")
+        if devices < 1:
+            raise ValueError(f"devices is {devices}, but must be at least 1")
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(f"timeout is {timeout}, but must be a positive number of seconds")
+        if not (math.isfinite(spike_zscore) and spike_zscore >= 0):
+            raise ValueError(f"spike_zscore is {spike_zscore}, but must be 0 or a positive number")
         self.accelerator = accelerator
         self.precision = precision
         self.compile = compile
         self.threads = threads
+        self.devices = devices
+        self.timeout = timeout
+        self.not_finite = not_finite
+        self.spike_zscore = spike_zscore
+        self.rewind_spikes = rewind_spikes
+        self.trace = trace
 
 
 @dataclass(frozen=True)
@@ -188,9 +214,16 @@ def seconds_a_call(call: Callable[[], object], device: torch.device, budget: flo
     return sorted(times)[len(times) // 2]
 
 
-def set_threads(options: TrainerOptions) -> None:
-    """Fixes the number of CPU threads torch computes with."""
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+def set_threads(options: TrainerOptions, local_size: int = 1) -> None:
+    """Fixes the number of CPU threads torch computes with in each of `local_size` processes."""
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def allow_shapes(count: int) -> None:
+    """Lets a compiled network be compiled once for each of `count` shapes of pictures, however many."""
+    if count < 4:
+        return  # torch's own limit is enough, and asking for it loads the compiler
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * count + 2)
 
 
 def _bf16_instructions() -> str | None:

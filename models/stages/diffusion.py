@@ -1,18 +1,23 @@
 """The diffusion stage: latents and captions in, a denoiser out; the text encoder is trained along with it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data.batch import Batch
 from models.autoencoder import Autoencoder
+from models.conditioning import Conditioning
 from models.diffusion.draws import Draws, Purpose
 from models.diffusion.objective import Backbone, Objective
 from models.pipeline import Pipeline, load_weights
 from models.stages.compute import Compute
 from models.stages.ema import Ema
+from models.stages.encoding import is_frozen
+from models.stages.guard import Guard
 from models.stages.optim import OptimizerSettings
 from models.stages.plan import Plan
 from models.text_encoder import TextEncoder
@@ -38,6 +43,8 @@ class DiffusionStage(LightningModule):
     """
 
     name = "diffusion"
+    #: Set by whoever trains.
+    guard: Guard
 
     def __init__(
         self,
@@ -63,6 +70,8 @@ class DiffusionStage(LightningModule):
         self.plan = plan
         self.seed = seed
         self.images_seen = 0
+        self.unlogged_losses: list[float] = []
+        self.recent_losses: list[float] = []
         self.ema = Ema(self.networks, plan.ema_halflife_images)
         # In a list so that Lightning does not count the frozen autoencoder among what is trained.
         self._autoencoder = [autoencoder.eval().requires_grad_(False)]
@@ -74,6 +83,7 @@ class DiffusionStage(LightningModule):
         for network in (self.networks, self.ema.network, self._autoencoder[0]):
             compute.place(network)
         self.empty_tokens = self.text_encoder.tokenize([""]).to(compute.device)
+        self._stored_null: Conditioning | None = None
         self._backbone = compute.wrap(self.backbone.forward)
 
     def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
@@ -94,27 +104,56 @@ class DiffusionStage(LightningModule):
         draws = Draws(seed, batch.indices)
         with self.compute.autocast():
             x0 = self._latents(batch, draws)
-            tokens = torch.cat((batch.tokens, self.empty_tokens))  # one call encodes the null caption too
-            conditioning, null = text_encoder(tokens).split_last()
+            conditioning, null = self._conditioning(text_encoder, batch)
             dropped = draws.uniform(Purpose.CONDITIONING_DROPOUT) < dropout
             return self.objective(backbone, x0, conditioning.replace(dropped, null), draws)
+
+    def _conditioning(self, text_encoder: TextEncoder, batch: Batch) -> tuple[Conditioning, Conditioning]:
+        """That of the batch and that of the empty caption (B = 1), encoded, or from stored embeddings.
+
+        Stored ones are padded to the context length whatever the batch, so that a compiled backbone sees one
+        shape; the mask keeps the padding out of every attention.
+        """
+        if batch.text is None:
+            tokens = torch.cat((batch.tokens, self.empty_tokens))  # one call encodes the null caption too
+            return text_encoder(tokens).split_last()
+        null = self._null_of_stored()
+        tokens, mask, pooled = batch.text
+        missing = max(0, null.tokens.shape[1] - tokens.shape[1])
+        padded = F.pad(tokens.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
+        return Conditioning(*padded, pooled.float()).replace(~mask.any(1), null), null
+
+    @torch.no_grad()
+    def _null_of_stored(self) -> Conditioning:
+        """The conditioning of the empty caption, encoded once; ValueError where the encoder is trained."""
+        if self._stored_null is None:
+            if not is_frozen(self.text_encoder):
+                raise ValueError(
+                    "stored text embeddings are those of a text encoder that stays as it is, but this one is "
+                    "trained; train on the moments alone"
+                )
+            self._stored_null = self.text_encoder(self.empty_tokens)
+        return self._stored_null
 
     @torch.no_grad()
     def _latents(self, batch: Batch, draws: Draws) -> Tensor:
         autoencoder = self._autoencoder[0]
-        moments = autoencoder.encode(self.compute.lay_out(batch.images)).float()
+        if batch.moments is None:
+            moments = autoencoder.encode(self.compute.lay_out(batch.images)).float()
+        else:
+            moments = batch.moments.float()
         noise = draws.normal(Purpose.POSTERIOR, (moments.shape[1] // 2, *moments.shape[2:]))
         return self.compute.lay_out(autoencoder.sample(moments, noise))
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The held-out `loss` of the averaged weights, at times and noise that never change."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """The held-out `loss` of the averaged weights a sample, at times and noise that never change."""
         text_encoder, backbone = self._averaged()
         losses = [
             self._loss(text_encoder, backbone, batch.to(self.compute.device), _VALIDATION_SEED, 0.0)
             for batch in batches
         ]
-        return {"loss": torch.cat(losses).mean().item()}
+        return {"loss": torch.cat([torch.zeros(0, device=self.compute.device), *losses])}
 
     def pipeline(self, resolution: int) -> Pipeline:
         """Makes pictures with the averaged weights."""
@@ -132,3 +171,10 @@ class DiffusionStage(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
         return self.optimizer_settings.build(self.networks.named_parameters())
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Leaves it to the guard whether the step is applied."""
+        assert optimizer_closure is not None
+        self.guard.step(optimizer.optimizer, optimizer_closure)

@@ -3,90 +3,172 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
-from models.stages.callbacks import Checkpointing, Clock, FiniteGuard, Metrics, Validation
-from models.stages.logs import LogSettings
-from models.stages.stage import Stage, restore_optimizer
+from models.stages.callbacks import Checkpointing, Clock, Metrics, Stopping, Trace, Validation
+from models.stages.guard import Guard, Rewind
+from models.stages.memory import out_of_memory
+from models.stages.saving import Saver
+from models.stages.session import Session
+from models.stages.signals import SAVE, Stopped
+from models.stages.stage import Stage, restore_networks, restore_optimizer
+
+#: How often one command goes back to a checkpoint before it gives up.
+MAX_REWINDS = 5
 
 
-def fit(
-    stage: Stage,
-    data: DataModule,
-    folder: Path,
-    config: Mapping[str, Any],
-    fingerprints: Mapping[str, str],
-    logger: LogSettings,
-    checkpoint: Checkpoint | None,
-    finish: Callable[[], None],
-    show: Callable[[int], Path],
-) -> None:
-    """Trains `stage` and leaves its last checkpoint under `folder/<stage>/checkpoints`.
+@dataclass(frozen=True)
+class Work:
+    """What is particular to one stage.
 
     Args:
         stage: restored from `checkpoint` where there is one.
         data: of batches of the plan's size.
-        folder: of the run.
-        config: the run's configuration as plain values.
-        fingerprints: of the dataset and of frozen networks.
-        logger: besides `metrics.jsonl`.
+        fingerprints: of the dataset and of frozen networks, kept in its checkpoints.
         checkpoint: whose optimizer state is taken up.
         finish: called after the last step and before the last checkpoint.
         show: makes and keeps pictures, given the images seen.
+    """
+
+    stage: Stage
+    data: DataModule
+    fingerprints: Mapping[str, Any]
+    checkpoint: Checkpoint | None
+    finish: Callable[[], None]
+    show: Callable[[int], Path]
+
+
+def fit(work: Work, session: Session) -> None:
+    """Trains the stage and leaves its last checkpoint under `folder/<stage>/checkpoints`.
 
     Raises:
+        Stopped: a signal asked for it; a checkpoint was saved.
         FloatingPointError: a loss or gradient was not finite.
         DataError: too many samples were bad.
-        OSError: a checkpoint could not be written; those before it are whole.
+        OSError: a checkpoint could not be written, memory ran out, or a rank was lost; what was saved stays.
     """
-    assert isinstance(stage, LightningModule)
     _quieten()
-    here = folder / stage.name
+    stage, ranks = work.stage, session.ranks
+    here = session.folder / stage.name
     here.mkdir(parents=True, exist_ok=True)
-    start, plan = stage.images_seen, stage.plan
-    steps = -(-(plan.images - start) // plan.batch_size)
-    with Progress(stage.name, plan.images, start) as progress:
-        metrics = Metrics(stage, here / "metrics.jsonl", progress)
-        validation = Validation(stage, data.val_loader(plan.validation_images), metrics, show)
-        checkpointing = Checkpointing(stage, here / "checkpoints", config, fingerprints)
-        trainer = Trainer(
-            accelerator="gpu" if stage.compute.device.type == "cuda" else "cpu",
-            devices=1,
-            max_steps=steps,
-            max_epochs=-1,
-            precision="32-true",  # autocast is the stage's own, so that probes and pictures compute alike
-            gradient_clip_val=plan.gradient_clip,
-            logger=logger.build(folder, stage.name),
-            callbacks=[
-                _RestoreOptimizer(stage, checkpoint),
-                Clock(stage),
-                FiniteGuard(stage, here),
-                metrics,
-                validation,
-                checkpointing,
-            ],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        for each in trainer.loggers:
-            each.log_hyperparams(dict(config))
+    with Progress(stage.name, stage.plan.images, stage.images_seen, shown=ranks.first) as progress:
+        saver = Saver(stage, here / "checkpoints", session, work.fingerprints)
+        metrics = Metrics(stage, here / "metrics.jsonl", progress, ranks)
+        loader = work.data.val_loader(stage.plan.validation_images, ranks.rank, ranks.size)
+        validation = Validation(stage, loader, metrics, work.show, ranks)
+        checkpointing = Checkpointing(stage, saver, validation, session.signals)
+        with session.signals.flagged(), saver, out_of_memory(stage.name, stage.compute.device):
+            trainer = _train(work, session, [metrics, validation, checkpointing], saver)
+            if stage.images_seen >= stage.plan.images:
+                work.finish()
+                validation.run(trainer)
+                saver.save(trainer.optimizers[0], validation.figures, wait=True)
+            for each in trainer.loggers:
+                each.save()
+            ranks.wait()
+            asked = max(int(asked) for (asked,) in ranks.gather([float(session.signals.asked)]))
+    if asked > SAVE:
+        raise Stopped(asked)
+
+
+def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver) -> Trainer:
+    """Makes the steps that are left, going back to a checkpoint where the guard asks for it."""
+    stage, checkpoint = work.stage, work.checkpoint
+    assert isinstance(stage, LightningModule)
+    here, options = session.folder / stage.name, session.options
+    reason = ""
+    for attempt in range(MAX_REWINDS + 1):
+        guard = Guard(
+            stage, here, session.ranks, session.signals,
+            options.not_finite, options.spike_zscore, options.rewind_spikes,
+        )  # fmt: skip
+        stage.guard = guard
+        trace = [Trace(stage, here, session.ranks)] if options.trace else []
+        trainer = _trainer(stage, session, [
+            _RestoreOptimizer(stage, checkpoint), guard, Clock(stage, session.ranks), *trace, *callbacks,
+            Stopping(stage),
+        ])  # fmt: skip
+        if attempt == 0:
+            for each in trainer.loggers:
+                each.log_hyperparams(dict(session.config))
+        start, ranks = stage.images_seen, session.ranks
         try:
-            trainer.fit(stage, data.train_loader(start, plan.images))
-        except SystemExit:  # what Lightning makes of an interrupt
-            raise KeyboardInterrupt from None
-        finish()
-        validation.run(trainer)
-        checkpointing.save(trainer)
-        for each in trainer.loggers:
-            each.save()
+            trainer.fit(stage, work.data.train_loader(start, stage.plan.images, ranks.rank, ranks.size))
+            return trainer
+        except Rewind as rewind:
+            reason, checkpoint = rewind.reason, saver.newest()
+            if checkpoint is None:
+                reason += ", and there is no checkpoint to go back to"
+                break
+            restore_networks(stage, checkpoint)
+            stage.images_seen, stage.unlogged_losses = rewind.images_seen, []
+            if ranks.first:
+                print(
+                    f"{reason}: back to the weights of {checkpoint.images:,} images, and on with the data "
+                    f"after {rewind.images_seen:,}; the samples between are left out",
+                    flush=True,
+                )
+    else:
+        reason += f", and rewinding {MAX_REWINDS} times did not help"
+    raise FloatingPointError(
+        f"{reason}; lower optimizer.{stage.name}.lr, look at the keys in {guard.path}, then continue with "
+        "resume=true"
+    )
+
+
+def _trainer(stage: Stage, session: Session, callbacks: list[Callback]) -> Trainer:
+    ranks, device = session.ranks, stage.compute.device
+    logger = session.logger.build(session.folder, stage.name) if ranks.first else False
+    strategy: Strategy = SingleDeviceStrategy(device)
+    if ranks.size > 1:
+        # Where unused parameters are looked for, gradients are summed in one order from the first step on,
+        # else in another after it, and a resumed run of more than two ranks would differ in the last bits.
+        strategy = DDPStrategy(
+            parallel_devices=[torch.device(device.type, i) for i in range(ranks.local_size)]
+            if device.type == "cuda"
+            else [torch.device("cpu")] * ranks.local_size,
+            cluster_environment=TorchElasticEnvironment(),
+            process_group_backend="gloo" if device.type == "cpu" else "nccl",
+            find_unused_parameters=ranks.size > 2,
+            broadcast_buffers=False,
+        )
+    trainer = Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        strategy=strategy,
+        devices=ranks.local_size if ranks.size > 1 else 1,
+        num_nodes=ranks.size // ranks.local_size,
+        max_epochs=1,
+        precision="32-true",  # autocast is the stage's own, so that probes and pictures compute alike
+        logger=logger,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer._signal_connector = _OwnSignals(trainer)
+    return trainer
+
+
+class _OwnSignals(_SignalConnector):
+    """Lightning's place for signal handlers, left empty: its own exchange data inside a handler, which hangs.
+
+    It has no option for that; a test looks whether it still asks here.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Registers none."""
 
 
 class _RestoreOptimizer(Callback):

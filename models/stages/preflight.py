@@ -13,14 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.progress import duration
-from models.stages.compute import Compute, TrainerOptions, decide, seconds_a_call
+from models.stages.compute import Compute, decide, seconds_a_call
+from models.stages.session import Session
 from models.stages.stage import Stage
 
 _FLOAT_BYTES = 4
 #: Copies of the trained weights: themselves, their gradients, AdamW's two moments and the average.
 _COPIES_IN_MEMORY = 5
-#: Copies in a checkpoint (no gradients), times two kept and one being written.
-_COPIES_ON_DISK = 4 * 3
+#: Copies in a checkpoint: no gradients. The same again is held in memory while one is written.
+_COPIES_ON_DISK = 4
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Cost:
 
 
 def preflight(
-    stage: Stage, batch: Callable[[int], Batch], options: TrainerOptions, before: Compute | None = None
+    stage: Stage, batch: Callable[[int], Batch], session: Session, before: Compute | None = None
 ) -> Cost:
     """The cost of what is left of `stage`, measured; the stage computes in the fastest way from here on.
 
     Args:
         stage: its networks may hold any weights; they are not changed.
         batch: makes a batch of that many samples, of the shapes of training.
-        options: what the user fixed.
+        session: what the user fixed, and the ranks that share a batch.
         before: how the checkpoint was computed that the stage goes on from.
 
     Raises:
@@ -55,13 +56,14 @@ def preflight(
     """
     images = max(stage.plan.images - stage.images_seen, 0)
     steps = -(-images // stage.plan.batch_size)
+    share = stage.plan.batch_size // session.ranks.size
 
     def step_seconds(way: Compute) -> float:
         stage.use(way)
-        whole = batch(stage.plan.batch_size).to(way.device)
+        whole = batch(share).to(way.device)
         return seconds_a_call(lambda: _step(stage, whole), way.device)
 
-    compute, seconds_a_step = decide(options, step_seconds, steps, before)
+    compute, seconds_a_step = decide(session.options, step_seconds, steps, before)
     flops, activations = _count(stage, compute, batch)
     stage.use(compute)
     parameters = sum(p.numel() for p in stage.networks.parameters())
@@ -74,8 +76,8 @@ def preflight(
         images_to_go=images,
         steps_to_go=steps,
         seconds=seconds_a_step * steps,
-        memory=_COPIES_IN_MEMORY * weights + activations * stage.plan.batch_size,
-        disk=_COPIES_ON_DISK * weights,
+        memory=(_COPIES_IN_MEMORY + _COPIES_ON_DISK) * weights + activations * share,
+        disk=_COPIES_ON_DISK * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
     )
 

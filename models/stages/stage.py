@@ -3,18 +3,22 @@
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
-from models.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from models.checkpoint import Checkpoint, CheckpointError
 from models.pipeline import load_weights
 from models.stages.compute import Compute
 from models.stages.ema import Ema
 from models.stages.plan import Plan
+
+if TYPE_CHECKING:
+    from models.stages.guard import Guard
 
 
 class Stage(Protocol):
@@ -26,6 +30,11 @@ class Stage(Protocol):
     plan: Plan
     compute: Compute
     images_seen: int
+    #: Applies the steps; set by whoever trains.
+    guard: "Guard"
+    #: Losses since the last line of metrics, and the last ones of all; a resumed run goes on with them.
+    unlogged_losses: list[float]
+    recent_losses: list[float]
 
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
@@ -33,29 +42,31 @@ class Stage(Protocol):
     def training_step(self, batch: Batch, step: int) -> Tensor:
         """The mean loss of a batch."""
 
-    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Held-out figures of the averaged weights."""
+    def validate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Held-out figures of the averaged weights, one number a sample."""
 
 
-def save_stage(
-    stage: Stage,
-    optimizer: torch.optim.Optimizer,
-    parent: Path,
-    config: Mapping[str, Any],
-    fingerprints: Mapping[str, str],
-) -> Path:
-    """Writes everything a stage needs to go on as a new checkpoint under `parent`.
+def stage_tensors(stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Everything of `stage` and its optimizer that training changes: file name -> named tensors."""
+    return {
+        "weights": stage.networks.state_dict(),
+        "ema": stage.ema.network.state_dict(),
+        "optimizer": _optimizer_tensors(stage.networks, optimizer),
+    }
+
+
+def stage_state(stage: Stage, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
+    """What else a stage needs to go on, and what its checkpoint depends on, as JSON values.
 
     Args:
-        stage: its networks, average and images seen.
-        optimizer: of the networks.
-        parent: folder of the stage's checkpoints.
-        config: the run's configuration as plain values.
+        stage: what is trained.
         fingerprints: of the dataset and of frozen networks.
     """
-    state = {
+    return {
         "stage": stage.name,
         "images_seen": stage.images_seen,
+        "unlogged_losses": stage.unlogged_losses,
+        "recent_losses": stage.recent_losses,
         **fingerprints,
         "compute": {
             "device": stage.compute.device.type,
@@ -66,12 +77,6 @@ def save_stage(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
     }
-    tensors = {
-        "weights": stage.networks.state_dict(),
-        "ema": stage.ema.network.state_dict(),
-        "optimizer": _optimizer_tensors(stage.networks, optimizer),
-    }
-    return save_checkpoint(parent, stage.images_seen, tensors, {"config": config, "state": state})
 
 
 def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
@@ -82,7 +87,10 @@ def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
     """
     load_weights(stage.networks, checkpoint.tensors("weights"), str(checkpoint.folder))
     load_weights(stage.ema.network, checkpoint.tensors("ema"), str(checkpoint.folder))
-    stage.images_seen = int(checkpoint.document("state")["images_seen"])
+    state = checkpoint.document("state")
+    stage.images_seen = int(state["images_seen"])
+    stage.unlogged_losses = [float(loss) for loss in state.get("unlogged_losses", [])]
+    stage.recent_losses = [float(loss) for loss in state.get("recent_losses", [])]
 
 
 def restore_compute(checkpoint: Checkpoint | None) -> Compute | None:
@@ -128,6 +136,7 @@ def _optimizer_tensors(networks: nn.Module, optimizer: torch.optim.Optimizer) ->
     }
 
 
+@lru_cache(maxsize=1)
 def _git_commit() -> str:
     """The commit of the source, or "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -13,6 +13,13 @@ from data.index import DataError
 from data.shards import MissingCaption
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of what a pass over an index found lies in the working directory."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
 def tokenize(captions: list[str]) -> torch.Tensor:
     return torch.tensor([[len(caption), ord(caption[-1])] for caption in captions])
 
@@ -122,7 +129,7 @@ def test_options_reach_what_they_name(make_shard, tmp_path: Path) -> None:
     assert (val.crop.resolution, val.crop.random_crop, val.crop.flip) == (16, False, False)
     assert train.decoder.background == val.decoder.background == (1, 2, 3)
     assert train.missing_caption is MissingCaption.UNCONDITIONAL
-    assert (train.max_bad_fraction, train.order.block_shards, train.seed) == (0.5, 2, 4)
+    assert (train.max_bad_fraction, train.plan.orders[0].block_shards, train.seed) == (0.5, 2, 4)
     assert train.bad_samples == tmp_path / "bad.jsonl"
     assert DataModule(train, val, tokenize, 4, 0).fingerprint() == train.fingerprint()
     with pytest.raises(ValueError, match="workers=-1"):

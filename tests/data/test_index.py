@@ -14,7 +14,7 @@ from data.writer import write_shard
 def test_folder_glob_braces_and_file_are_the_same(make_shard, tmp_path: Path) -> None:
     one, two = make_shard("s/00000.tar", 4), make_shard("s/00001.tar", 3, first=4)
     by_folder = Index.open(str(tmp_path / "s"))
-    assert [header.shard for header in by_folder.headers] == [one, two]
+    assert [header.shard for header in by_folder.headers] == [str(one), str(two)]
     assert len(by_folder) == 7
     for pattern in ("s/*.tar", "s/{00000..00001}.tar", "s/0000[01].tar"):
         assert Index.open(str(tmp_path / pattern)).fingerprint() == by_folder.fingerprint()
@@ -67,7 +67,7 @@ def test_an_index_that_cannot_be_written_is_kept_in_memory(
     def refuse(index: object) -> Path:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("data.index.write_index", refuse)
+    monkeypatch.setattr("data.shard_index.write_index", refuse)
     index = Index.open(str(tmp_path / "s"))
     assert "kept in memory only (Permission denied)" in caplog.text
     assert pickle.loads(pickle.dumps(index)).shard(0).key(4) == "00004"
@@ -81,17 +81,17 @@ def test_keys_in_two_shards_are_refused(make_shard, tmp_path: Path) -> None:
 
 
 def test_an_index_pickles_small_and_loads_again(make_shard, tmp_path: Path) -> None:
-    make_shard("s/00000.tar", 50)
+    make_shard("s/00000.tar", 200)
     index = Index.open(str(tmp_path / "s"))
     index.shard(0)
     data = pickle.dumps(index)
-    assert len(data) < 1000
-    assert pickle.loads(data).shard(0).key(49) == "00049"
+    assert len(data) < 3000
+    assert pickle.loads(data).shard(0).key(199) == "00199"
 
 
-@pytest.mark.parametrize("shards", ["pipe:touch X", "http://x/a.tar", "s3://b/a.tar", "file:///etc/passwd"])
+@pytest.mark.parametrize("shards", ["pipe:touch X", "ftp://x/a.tar", "file:///etc/passwd", "pipe:{1,2}.tar"])
 def test_schemes_are_refused(shards: str) -> None:
-    with pytest.raises(DataError, match="only local files are read"):
+    with pytest.raises(DataError, match=r"only local files, http\(s\) and s3 are read"):
         Index.open(shards)
 
 

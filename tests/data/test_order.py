@@ -1,12 +1,24 @@
 """The order is an exact permutation every epoch, pinned for ever, and batches tile it whatever the ranks."""
 
 import pickle
+import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import ORDER_VERSION, GlobalBatchSampler, Order, Purpose, mix, permute, uniform
+from data.order import (
+    ORDER_VERSION,
+    GlobalBatchSampler,
+    Order,
+    Purpose,
+    mix,
+    permute,
+    permute_many,
+    uniform,
+    uniforms,
+)
 
 
 def test_golden_vectors() -> None:
@@ -43,6 +55,39 @@ def test_every_epoch_is_an_exact_permutation(counts: list[int], seed: int, block
     seen = [order.order(epoch * samples + i) for i in range(samples)]
     assert {e for e, _, _ in seen} == {epoch}
     assert sorted((s, r) for _, s, r in seen) == [(s, r) for s, n in enumerate(counts) for r in range(n)]
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**41), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_many_positions_are_permuted_as_one(length: int, key: int, positions: list[int]) -> None:
+    inside = [position % length for position in positions]
+    assert permute_many(np.array(inside, np.int64), length, key).tolist() == [
+        permute(position, length, key) for position in inside
+    ]
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    st.integers(-5, 2**63),
+    st.integers(1, 13),
+    st.lists(st.integers(0, 10**9), max_size=20),
+)
+@settings(max_examples=60, deadline=None)
+def test_many_samples_are_ordered_as_one(counts: list[int], seed: int, block: int, items: list[int]) -> None:
+    order = Order(counts, seed, block)
+    found = order.orders(np.array(items, np.int64))
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == [order.order(i) for i in items]
+    for purpose in (Purpose.FLIP, Purpose.CAPTION):
+        draws = uniforms(seed, np.array(items, np.int64), purpose)
+        assert draws.tolist() == [uniform(seed, i, purpose) for i in items]
+
+
+def test_a_hundred_thousand_shards_are_planned_at_once() -> None:
+    began = time.process_time()
+    order = Order(np.full(100_000, 1000), seed=3)
+    order.orders(np.arange(64) + 10**9)
+    assert time.process_time() - began < 2
+    assert len(pickle.dumps(order)) < 2_000_000
 
 
 def test_blocks_are_read_one_after_the_other() -> None:
@@ -96,7 +141,12 @@ def test_an_order_over_nothing_and_bad_arguments() -> None:
     with pytest.raises(IndexError):
         Order((0, 0), 0).order(0)
     with pytest.raises(IndexError):
-        Order((3,), 0).order(-1)
+        Order((0, 0), 0).orders(np.array([0]))
+    for wrong in (Order((3,), 0).order, lambda i: Order((3,), 0).orders(np.array([4, i]))):
+        with pytest.raises(IndexError, match="-1"):
+            wrong(-1)
+    with pytest.raises(IndexError, match="position -1 of 3"):
+        permute_many(np.array([0, -1]), 3, 0)
     with pytest.raises(IndexError):
         permute(3, 3, 0)
     with pytest.raises(ValueError, match="block_shards is 0"):

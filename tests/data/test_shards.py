@@ -165,7 +165,7 @@ def test_no_captions_at_all_is_an_error_with_the_remedy(tmp_path: Path, make_ima
 
 
 def test_read_errors_are_tried_again_then_fail(make_shard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.shards.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("data.reader.FIRST_WAIT", 0.0)
     data, real, failures = dataset(make_shard()), os.pread, [3]
 
     def failing(handle: int, size: int, offset: int) -> bytes:
@@ -178,7 +178,7 @@ def test_read_errors_are_tried_again_then_fail(make_shard, monkeypatch: pytest.M
     monkeypatch.setattr("os.pread", failing)
     assert torch.equal(data[0].pixels, expected.pixels)
     failures[0] = 99
-    message = r"00000\.tar key .* field txt: read failed 4 times \(Input/output error\)"
+    message = r"00000\.tar key .* field jpg: read failed 4 times \(Input/output error\)"
     with pytest.raises(DataError, match=message):
         data[0]
 
@@ -203,20 +203,20 @@ def test_a_stale_index_pairs_nothing_wrongly(make_shard) -> None:
 def test_descriptors_are_few_and_not_shared_between_processes(make_shard, monkeypatch) -> None:
     for i in range(5):
         make_shard(f"s/{i:05d}.tar", 2, first=2 * i)
-    monkeypatch.setattr("data.shards.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("data.reader.MAX_OPEN_FILES", 2)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     data = dataset(make_shard("s/00009.tar", 2, first=90).parent)
     [data[i] for i in range(24)]
     if before:
         assert len(os.listdir("/proc/self/fd")) - before <= 2
     copy = pickle.loads(pickle.dumps(data))
-    assert not copy._files.handles
+    assert not copy.reader.handles
     assert torch.equal(copy[3].pixels, data[3].pixels)
-    handles = dict(data._files.handles)
+    handles = dict(data.reader.handles)
     monkeypatch.setattr("os.getpid", lambda: -5)
     data[3]
-    assert len(data._files.handles) == 1
-    for handle in handles.values():
+    assert len(data.reader.handles) == 1
+    for handle, _ in handles.values():
         os.close(handle)
 
 

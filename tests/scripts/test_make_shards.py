@@ -55,7 +55,7 @@ def fields(out: Path) -> dict[str, dict[str, bytes]]:
     for i in range(len(index)):
         number, row = index.locate(i)
         shard = index.shard(number)
-        data = shard.shard.read_bytes()
+        data = Path(shard.shard).read_bytes()
         extents = {name: shard.extent(row, name) for name in shard.fields}
         samples[shard.key(row)] = {n: data[e.offset : e.offset + e.size] for n, e in extents.items() if e}
     return samples

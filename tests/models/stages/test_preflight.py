@@ -12,9 +12,12 @@ import torch
 from data.batch import Batch
 from models.stages import preflight as module
 from models.stages.compute import Precision, Switch, TrainerOptions
+from models.stages.logs import CsvLog
 from models.stages.preflight import Cost, preflight, require_disk, show
+from models.stages.session import Session
 
 OPTIONS = TrainerOptions(precision=Precision.fp32, compile=Switch.off)
+SESSION = Session(Path("run"), {}, OPTIONS, CsvLog())
 MakeBatch = Callable[..., Batch]
 
 
@@ -31,13 +34,13 @@ def _half_a_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cost(make_stage: Callable[..., Any], make_batch: MakeBatch) -> Cost:
-    return preflight(make_stage("autoencoder"), make_batch, OPTIONS)
+    return preflight(make_stage("autoencoder"), make_batch, SESSION)
 
 
 def test_the_probe_changes_nothing(make_stage: Callable[..., Any], make_batch: MakeBatch) -> None:
     stage = make_stage("diffusion")
     before = {k: v.clone() for k, v in stage.networks.state_dict().items()}
-    preflight(stage, make_batch, OPTIONS)
+    preflight(stage, make_batch, SESSION)
     after = stage.networks.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert all(p.grad is None for p in stage.networks.parameters())
@@ -51,13 +54,13 @@ def test_flops_of_one_convolution(make_batch: MakeBatch, make_stage: Callable[..
     stage.training_step = lambda batch, step: layer(batch.images).square().mean()
     forward = 2 * 3 * 5 * 9 * 16 * 16
     # Its backward pass counts the gradient of the weights; the pictures need none.
-    assert preflight(stage, make_batch, OPTIONS).flops_an_image == 2 * forward
+    assert preflight(stage, make_batch, SESSION).flops_an_image == 2 * forward
 
 
 def test_the_counts(cost: Cost, make_stage: Callable[..., Any]) -> None:
     parameters = sum(p.numel() for p in make_stage("autoencoder").networks.parameters())
     assert (cost.parameters, cost.batch_size, cost.images_to_go, cost.steps_to_go) == (parameters, 4, 16, 4)
-    assert cost.disk == 12 * 4 * parameters
+    assert cost.disk == 4 * (2 + 1 + 1) * 4 * parameters  # two kept, the best, one being written
     assert cost.memory > 20 * parameters
     assert cost.seconds == 4 * 0.5
 
@@ -65,7 +68,7 @@ def test_the_counts(cost: Cost, make_stage: Callable[..., Any]) -> None:
 def test_what_is_left_after_a_stop(make_stage: Callable[..., Any], make_batch: MakeBatch) -> None:
     stage = make_stage("autoencoder")
     stage.images_seen = 12
-    assert preflight(stage, make_batch, OPTIONS).steps_to_go == 1
+    assert preflight(stage, make_batch, SESSION).steps_to_go == 1
 
 
 def test_a_full_disk(cost: Cost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

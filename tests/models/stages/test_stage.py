@@ -8,12 +8,25 @@ import pytest
 import torch
 
 from data.batch import Batch
-from models.checkpoint import Checkpoint, CheckpointError
+from models.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from models.stages.compute import Compute
-from models.stages.stage import restore_compute, restore_networks, restore_optimizer, save_stage
+from models.stages.stage import (
+    restore_compute,
+    restore_networks,
+    restore_optimizer,
+    stage_state,
+    stage_tensors,
+)
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
+
+
+def save_stage(
+    stage: Any, optimizer: torch.optim.Optimizer, parent: Path, config: Any, fingerprints: Any
+) -> Path:
+    documents = {"config": config, "state": stage_state(stage, fingerprints)}
+    return save_checkpoint(parent, stage.images_seen, stage_tensors(stage, optimizer), documents)
 
 
 def steps(stage: Any, optimizer: torch.optim.Optimizer, make_batch: MakeBatch, count: int) -> None:

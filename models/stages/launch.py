@@ -1,0 +1,99 @@
+"""Starts one process for each rank on this machine and stays with them until they have ended.
+
+The same command is run again for each rank, with its place in the environment, as torchrun does. What is sent
+to the parent is passed on; a rank that dies takes the others with it, so that nothing hangs. Ranks that are
+orphaned end by themselves. (torchrun itself ends with 1 whatever its workers end with, and sends SIGTERM to
+ranks that are saving: the exit codes and the stop protocol would be lost.)
+
+Use: `sys.exit(launch(2))` in the process that a user started.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+
+#: Seconds that the other ranks get to end by themselves once one has ended in error.
+_GRACE = 15.0
+_PARENT = "FIRSTLIGHT_PARENT"
+_LOST = 5  # exit code: environment
+
+
+def launch(size: int) -> int:
+    """The exit code of the `size` ranks, all started with this process's own command.
+
+    It is that of the rank which ended in error first, and 5 where a rank was killed.
+    """
+    port = _free_port()
+    ranks = [_start(rank, size, port) for rank in range(size)]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    try:
+        return _watch(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def stay_with_parent() -> None:
+    """Ends this process soon after the one that launched it, if that is killed."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+
+    def look() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.2)
+        os._exit(_LOST)
+
+    threading.Thread(target=look, name="parent watch", daemon=True).start()
+
+
+def _start(rank: int, size: int, port: int) -> "subprocess.Popen[bytes]":
+    place = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _PARENT: os.getpid(),
+    }  # fmt: skip
+    # The reducer would warn on each rank about an option that is set on purpose (fit.py).
+    environment = (
+        {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {key: str(value) for key, value in place.items()}
+    )
+    return subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
+
+
+def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
+    """Waits for all ranks; after the first that fails, at most `_GRACE` seconds for the others."""
+    code, deadline = 0, float("inf")
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        for rank, process in enumerate(ranks):
+            ended = process.poll()
+            if ended in (None, 0) or code:
+                continue
+            deadline = time.monotonic() + _GRACE
+            code = ended if ended > 0 else _LOST
+            if ended < 0:
+                name = signal.Signals(-ended).name
+                print(
+                    f"train.py: rank {rank} (process {process.pid}) was killed by {name}, from outside or "
+                    "for want of memory; the others end too; continue with resume=true",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+        time.sleep(0.02)
+    return code or next((abs(p.returncode) for p in ranks if p.returncode), 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,82 @@
+"""Measures how fast the project is next to what it could be: `python scripts/bench.py loader`.
+
+Each benchmark has arms that take turns, forwards and backwards, on one machine in one run; told are ratios
+with their intervals, and beside them the ratio of an arm to itself, which is what the method errs by. Figures
+are printed as a table; the last line is one JSON object with all of them.
+"""
+
+import argparse
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.shard_index import DataError, write_atomic
+from scripts.benches.findings import Findings
+from scripts.benches.loader import loader
+
+#: A benchmark is a function here: its arguments, all with defaults, are its options, described under Args.
+BENCHMARKS: dict[str, Callable[..., Findings]] = {"loader": loader}
+USAGE, DATA, INTERRUPTED = 2, 3, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command's options, those of each benchmark from its function's signature."""
+    description, _, notes = (__doc__ or "").partition("\n\n")
+    options = argparse.ArgumentParser(prog="bench.py", description=description, epilog=notes)
+    choices = options.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
+    for name, function in BENCHMARKS.items():
+        text = inspect.getdoc(function) or ""
+        first = text.partition("\n")[0].removeprefix("Returns ")
+        command = choices.add_parser(name, help=first, description=first)
+        for argument in inspect.signature(function).parameters.values():
+            about = re.search(rf"^    {argument.name}: (.*)$", text, re.MULTILINE)
+            command.add_argument(
+                f"--{argument.name.replace('_', '-')}",
+                type=_type(argument.annotation),
+                default=argument.default,
+                help=f"{about[1] if about else ''} (%(default)s)",
+            )
+        command.add_argument("--out", type=Path, metavar="FOLDER", help=f"where {name}.json is written too")
+    return options
+
+
+def _type(annotation: object) -> Callable[[str], object]:
+    """Returns what reads an option of a type such as int or `Path | None`."""
+    kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    kind = next(each for each in kinds if each is not type(None))
+    assert isinstance(kind, type)
+    return kind
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 if all was measured, 2 wrong option, 3 shards that cannot be read."""
+    options = parser()
+    given = vars(options.parse_args(argv))
+    name, out = given.pop("bench"), given.pop("out")
+    try:
+        findings = BENCHMARKS[name](**given)
+    except ValueError as error:
+        options.error(str(error))
+    except DataError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return DATA
+    except KeyboardInterrupt:
+        print("bench.py: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(findings.text())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / f"{name}.json", (findings.line() + "\n").encode())
+    print(findings.line(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
