@@ -31,7 +31,6 @@ from models.stages.signals import Stopped
 FOLDER = Path(__file__).parent
 #: Keys whose values are taken to the letter.
 _TEXTS = ("prompt", "data.where")
-_FIRST = os.environ.get("RANK", "0") == "0"
 
 EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (ConfigError, 2),
@@ -61,6 +60,7 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     """
     register()
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save now" means something in training only
     # Hydra would print and exit with 1 by itself; with this set it raises instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[Exception] = []
@@ -82,8 +82,13 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     except Terminated:
         sys.exit(143)
     except Stopped as stop:
-        if _FIRST:
+        if _is_first():
             print(f"{name}.py: stopped and saved; continue with resume=true", file=sys.stderr, flush=True)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # all is saved: the way out must not change the exit code
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(stop.code)
     except BaseException as error:
         code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
@@ -92,8 +97,8 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
         if debug:
             traceback.print_exc()
         # What every rank meets alike is said once; what befell one of them it says itself.
-        if _FIRST or not isinstance(error, (ConfigError, CheckpointError, FloatingPointError)):
-            rank = "" if _FIRST else f"rank {os.environ['RANK']}: "
+        if _is_first() or not isinstance(error, (ConfigError, CheckpointError, FloatingPointError)):
+            rank = "" if _is_first() else f"rank {os.environ['RANK']}: "
             print(f"{name}.py: {rank}{explain(error, name)}", file=sys.stderr, flush=True)
         sys.exit(code)
 
@@ -166,6 +171,11 @@ def _keys(name: str) -> list[str]:
 
     walk(OmegaConf.to_container(config, throw_on_missing=False), "")
     return found
+
+
+def _is_first() -> bool:
+    """Whether this process says what all ranks have to say."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

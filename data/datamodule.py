@@ -29,6 +29,7 @@ from data.mixture import Mixture, Plan
 from data.moments import MomentsCollate, MomentsDataset
 from data.order import GlobalBatchSampler, Order, Purpose, mix
 from data.reader import FieldReader
+from data.shard_index import is_address
 from data.shards import MissingCaption, ShardDataset, changes
 from data.transforms import BadSample, Decoder, ResizeCrop, decode_json
 
@@ -178,7 +179,9 @@ def check_room(views: Sequence[IndexView], block_shards: int, cache: ShardCache)
     """
     needed = 0
     for view in views:
-        sizes = np.sort([header.size for header in view.index.headers if header.remote])
+        catalogue = view.index.catalogue
+        remote = np.fromiter(map(is_address, catalogue.names), bool, len(catalogue.names))
+        sizes = np.sort(catalogue.arrays["sizes"][remote])
         needed += int(sizes[-block_shards:].sum())
     if needed > cache.max_bytes / 2:
         raise ValueError(

@@ -93,7 +93,8 @@ def make_run() -> Callable[..., Path]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Runs `train.py` or `sample.py` in this process: `command("train", "seed=1")` returns the exit code."""
-    root, threads, handler = logging.getLogger(), torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     before = (root.level, list(root.handlers))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
@@ -111,4 +112,5 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     yield run
     root.level, root.handlers = before
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

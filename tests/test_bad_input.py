@@ -60,7 +60,7 @@ def refused(command: Command, capsys: pytest.CaptureFixture[str]) -> Callable[..
         (["text_encoder=vit_b_32"], 2, "set pretrained to a local file"),
         (["data.shards=absent"], 3, "absent: no such file or folder"),
         (["data.shards=empty"], 3, "empty: the folder is empty"),
-        (["data.shards=pipe:ls"], 3, "only local files are read"),
+        (["data.shards=pipe:ls"], 3, "only local files, http(s) and s3 are read"),
         (["data.max_bad_fraction=2"], 2, "max_bad_fraction=2.0; it must be from 0 to 1"),
         (["data.val_fraction=1"], 2, "val_fraction is 1"),
         (["folder=occupied"], 5, "occupied"),

@@ -30,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "evaluation": ("evaluation", "models", "joins", "models.diffusion", "data"),
     "conf": _ALL,
-    "scripts": (*_ALL, "scripts"),
+    "scripts": (*_ALL, "scripts", "train"),
     "train": _ALL,
     "sample": _ALL,
 }

@@ -40,7 +40,7 @@ WORDS = (
 FIXED = Compute(torch.device("cpu"), False, True, False, "fixed by a test")
 #: The same for another process, which is killed in the step after 48 images: 16 past the checkpoint.
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 import train
 from conf.cli import main
 from models.stages import preflight
@@ -51,6 +51,7 @@ train.NORMALISATION_IMAGES = 24
 step = DiffusionStage.training_step
 def training_step(self, batch, i):
     if self.images_seen == 48:
+        time.sleep(1)  # the checkpoint of 32 images is written meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, i)
 DiffusionStage.training_step = training_step

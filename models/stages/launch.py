@@ -21,12 +21,15 @@ from types import FrameType
 _GRACE = 15.0
 _PARENT = "FIRSTLIGHT_PARENT"
 _LOST = 5  # exit code: environment
+#: A rank that had not yet begun to listen dies of the signal itself; that is being stopped too.
+_STOPPED = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
 
 
 def launch(size: int) -> int:
     """The exit code of the `size` ranks, all started with this process's own command.
 
-    It is that of the rank which ended in error first, and 5 where a rank was killed.
+    143 or 130 where one was asked to stop; else that of the rank which ended in error first, and 5
+    where a rank was killed.
     """
     port = _free_port()
     ranks = [_start(rank, size, port) for rank in range(size)]
@@ -74,15 +77,16 @@ def _start(rank: int, size: int, port: int) -> "subprocess.Popen[bytes]":
 
 def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
     """Waits for all ranks; after the first that fails, at most `_GRACE` seconds for the others."""
-    code, deadline = 0, float("inf")
+    failed: list[int] = []
+    deadline = float("inf")
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         for rank, process in enumerate(ranks):
             ended = process.poll()
-            if ended in (None, 0) or code:
+            if ended is None or ended == 0 or rank in failed:
                 continue
-            deadline = time.monotonic() + _GRACE
-            code = ended if ended > 0 else _LOST
-            if ended < 0:
+            failed.append(rank)
+            deadline = min(deadline, time.monotonic() + _GRACE)
+            if ended < 0 and -ended not in _STOPPED and len(failed) == 1:
                 name = signal.Signals(-ended).name
                 print(
                     f"train.py: rank {rank} (process {process.pid}) was killed by {name}, from outside or "
@@ -90,7 +94,11 @@ def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
         time.sleep(0.02)
-    return code or next((abs(p.returncode) for p in ranks if p.returncode), 0)
+    ended_by = [process.poll() or 0 for process in ranks]
+    codes = [_STOPPED.get(-code, _LOST) if code < 0 else code for code in ended_by]
+    asked = [code for code in codes if code in _STOPPED.values()]
+    first = codes[failed[0]] if failed else next((code for code in codes if code), 0)
+    return max(asked) if asked else first
 
 
 def _free_port() -> int:

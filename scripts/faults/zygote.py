@@ -11,7 +11,6 @@ Use: `with Zygote(folder) as zygote: trial = zygote.start("train", words, cwd, l
 import contextlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -170,13 +169,16 @@ def children() -> dict[str, Callable[[list[str]], None]]:
 
 def train(words: list[str]) -> None:
     """Is `python train.py WORDS`, and notes every checkpoint in `$TORTURE_SAVED`."""
+    import train as program
+    from conf.cli import main
+
     saved = os.environ.get("TORTURE_SAVED")
     if saved:
         record_saves(Path(saved))
     script = str(PROJECT / "train.py")
     sys.argv = [script, *words]
     sys.orig_argv = [sys.executable, *sys.argv]  # what ranks are started with
-    runpy.run_path(script, run_name="__main__")
+    main("train", program.train)
 
 
 def launch_ranks(words: list[str]) -> None:

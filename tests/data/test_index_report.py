@@ -73,7 +73,7 @@ def test_every_finding_says_what_to_do(part) -> None:
         "1 of 2 shards are damaged", "--leave-out-damaged", "1 keys occur in two shards", "JSON of 1 samples",
         "2 of 40 samples have no caption (1 absent, 1 empty)", "data.missing_caption=UNCONDITIONAL",
         "One caption occurs 19 times", "1 of 40 samples have no picture", "1 pictures cannot be opened",
-        "data.unique=true", "--perceptual-hash", "'data.where=\"width > 0\"'",
+        "data.unique=true", "--perceptual-hash", "'data.where=width > 0'",
     ):  # fmt: skip
         assert words in text
     assert all(advice.remedy for advice in found)

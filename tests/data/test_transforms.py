@@ -182,7 +182,8 @@ def test_the_first_frame_is_taken(form: str) -> None:
 def test_drafts_are_as_large_as_asked(make_image) -> None:
     data = make_image(0, (640, 400))
     assert Decoder()(data, side=50).size == (160, 100)
-    assert Decoder()(data, side=64).size == (320, 200)
+    assert Decoder()(data, side=66).size == (160, 100)
+    assert Decoder()(data, side=70).size == (320, 200)
     assert Decoder()(data).size == (640, 400)
 
 
