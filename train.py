@@ -28,9 +28,8 @@ from conf.schema import StageName, make, plain
 from data.batch import Batch
 from data.datamodule import DataModule, ShardData, changes
 from data.index import DataError
-from data.moments import MomentsDataset, open_moments
+from data.moments import MomentsDataset
 from data.progress import Progress
-from data.provenance import check_provenance, read_provenance
 from data.shards import ShardDataset
 from evaluation.report import contact_sheet, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
@@ -100,7 +99,7 @@ class Run:
         }
         self.loss = make("reconstruction", values["reconstruction"])
         self.data: ShardData = make("data", values["data"])
-        self.rendered = make("rendered", values["rendered"]) if self.data.shards is None else None
+        self.rendered = None if self.data.is_given else make("rendered", values["rendered"])
         set_threads(self.trainer, ranks.local_size)
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
             torch.manual_seed(int(values["seed"]))
@@ -193,24 +192,13 @@ class Run:
                 f"{self.folder}: data.precomputed is set, but the autoencoder is not trained yet; run "
                 f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
             )
-        text_encoder, folder = self.networks[1], Path(options.precomputed)
-        with_text = is_frozen(text_encoder) and read_provenance(folder).text is not None
-        check_provenance(
-            folder,
+        text_encoder = self.networks[1]
+        self.moments = options.open_moments(
+            int(self.values["seed"]),
             fingerprint(done.tensors("ema")),
-            options.resolution,
-            text_identity(text_encoder) if with_text else None,
-            {
-                "random_crop": options.random_crop,
-                "flip": options.flip,
-                "background": list(options.background),
-            },
+            text_identity(text_encoder) if is_frozen(text_encoder) else None,
+            self.folder / "bad_samples.jsonl",
         )
-        self.moments = open_moments(
-            str(folder), int(self.values["seed"]), options.val_fraction, options.block_shards, with_text,
-            options.missing_caption, options.max_bad_fraction, self.folder / "bad_samples.jsonl",
-            options.where,
-        )  # fmt: skip
 
     def data_for(self, name: StageName) -> DataModule:
         """Batches of the size a stage wants."""
@@ -411,9 +399,12 @@ def run_folder(values: dict[str, Any]) -> Path:
     hydra = HydraConfig.get()
     experiment = str(hydra.runtime.choices["experiment"])
     name = values["name"] or experiment
-    shards = values["data"]["shards"]
-    if values["name"] is None and any(word.startswith("data.shards=") for word in hydra.overrides.task):
-        name = f"{experiment}-{Path(str(shards)).stem}"
+    places = [values["data"]["shards"] or "", *values["data"]["sources"]]
+    given = any(
+        word.lstrip("+").startswith(("data.shards=", "data.sources")) for word in hydra.overrides.task
+    )
+    if values["name"] is None and given:
+        name = "-".join([experiment, *(Path(place).stem for place in places if place)])
     if hydra.mode is RunMode.MULTIRUN:
         name = f"{name}/{hydra.job.override_dirname.replace('/', '-') or hydra.job.num}"
     return Path(values["folder"]) / name

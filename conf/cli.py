@@ -84,10 +84,8 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     except Stopped as stop:
         if _is_first():
             print(f"{name}.py: stopped and saved; continue with resume=true", file=sys.stderr, flush=True)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # all is saved: the way out must not change the exit code
+        # All is saved: another signal on the way out must not change the exit code.
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         sys.exit(stop.code)
     except BaseException as error:

@@ -8,9 +8,10 @@ has more shards than a process may open files. Use: `write_arrays(path, {"kind":
 """
 
 import json
+import logging
 import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +23,12 @@ MAX_HEADER = 1 << 20
 DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
+#: Arrays by name.
+Arrays = Mapping[str, np.ndarray]
 #: What reading a damaged or missing file raises; turn it into a DataError that says what to do.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+
+log = logging.getLogger(__name__)
 
 
 def checksum(array: np.ndarray) -> int:
@@ -81,6 +86,33 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_kept(path: Path | None, kind: str, check: Callable[[Arrays], bool]) -> Arrays | None:
+    """Returns the arrays kept at `path`, None where there are none or they are not what `check` accepts."""
+    if path is None:
+        return None
+    try:
+        _, arrays = read_arrays(path, kind)
+        if not check(arrays):
+            raise ValueError("it counts other shards")
+        return arrays
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        log.warning("%s: %s; it is made again", path, error)
+        return None
+
+
+def keep(path: Path | None, kind: str, arrays: Arrays) -> None:
+    """Keeps arrays at `path` for `read_kept`; a place that cannot be written is done without."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, {"kind": kind}, arrays)
+    except OSError as error:
+        log.warning("%s: not kept (%s)", path, error.strerror)
 
 
 def join_texts(texts: Collection[str]) -> tuple[np.ndarray, np.ndarray]:

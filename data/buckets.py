@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.arrays import UNREADABLE, read_arrays, write_arrays, write_atomic
+from data.arrays import Arrays, keep, read_kept, write_atomic
 from data.index import IndexView, ShardIndex
 from data.mixture import Interleave, Mixture, Places, whole_weights
 from data.order import Order, Purpose, mix
@@ -121,18 +121,13 @@ class Counted:
         return self.view.views / f"buckets-{mix(*text.encode()):016x}{mix(1, *text.encode()):016x}.idx"
 
     def _load(self) -> tuple[np.ndarray, np.ndarray] | None:
-        path = self._path()
-        if path is None or not path.exists():
-            return None
-        try:
-            _, arrays = read_arrays(path, KIND)
-            counts, left = arrays["counts"], arrays["left"]
-            if counts.shape != (len(self.view.counts), len(self.buckets.shapes)) or left.shape[1:] != (3,):
-                raise ValueError("it counts other shards")
-            return counts, left
-        except UNREADABLE as error:
-            log.warning("%s: %s; it is made again", path, error)
-            return None
+        shape = (len(self.view.counts), len(self.buckets.shapes))
+
+        def fits(arrays: Arrays) -> bool:
+            return arrays["counts"].shape == shape and arrays["left"].shape[1:] == (3,)
+
+        arrays = read_kept(self._path(), KIND, fits)
+        return None if arrays is None else (arrays["counts"], arrays["left"])
 
     def _count(self) -> tuple[np.ndarray, np.ndarray]:
         index, kinds = self.view.index, len(self.buckets.shapes)
@@ -149,13 +144,7 @@ class Counted:
         results = list(each_shard(one, len(self.view.counts)))
         counts = np.array([counts for counts, _ in results], np.int64).reshape(-1, kinds)
         left = np.concatenate([part for _, part in results] or [np.zeros((0, 3))]).astype(np.int64)
-        path = self._path()
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_arrays(path, {"kind": KIND}, {"counts": counts, "left": left})
-            except OSError as error:
-                log.warning("%s: the buckets are not kept (%s)", path, error.strerror)
+        keep(self._path(), KIND, {"counts": counts, "left": left})
         return counts, left
 
 

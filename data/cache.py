@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.remote import DEFAULT_POLICY, RetryPolicy, download, is_remote, read_small, redact
-from data.shard_index import DataError
+from data.remote import DEFAULT_POLICY, RetryPolicy, download, read_small, redact
+from data.shard_index import DataError, is_address, refuse_scheme
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TOUCH = 10.0  # seconds between two notes that a copy is used
@@ -81,7 +81,8 @@ class ShardCache:
         then, ask again. Raises DataError where the shard cannot be had or is larger than the cache, and
         OSError where the disk refuses.
         """
-        if not is_remote(shard):
+        refuse_scheme(shard)
+        if not is_address(shard):
             return Path(shard)
         target = self._target(sha256)
         if _use(target, size):
@@ -105,7 +106,7 @@ class ShardCache:
         Removes for it nothing that this call names and nothing used in the last minute: it rather waits. What
         goes wrong is logged; `path` raises it.
         """
-        remote = {sha256: (shard, size, sha256) for shard, size, sha256 in items if is_remote(shard)}
+        remote = {sha256: (shard, size, sha256) for shard, size, sha256 in items if is_address(shard)}
         with self._changed:
             self._wanted = frozenset(remote)
             self._queue = deque(remote.values())

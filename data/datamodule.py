@@ -9,7 +9,7 @@ workers=2).train_loader(start=0, stop=100_000)`.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,10 @@ from data.cache import ShardCache
 from data.caption_choice import CaptionChoice
 from data.index import DataError, IndexView, open_split
 from data.loader import Loader, WorkerError
-from data.mixture import Mixture, Plan
-from data.moments import MomentsCollate, MomentsDataset
+from data.mixture import Mixture, SamplePlan
+from data.moments import MomentsCollate, MomentsDataset, open_moments
 from data.order import GlobalBatchSampler, Order, Purpose, mix
+from data.provenance import check_provenance, read_provenance
 from data.reader import FieldReader
 from data.shard_index import is_address
 from data.shards import MissingCaption, ShardDataset, changes
@@ -104,7 +105,12 @@ class ShardData:
                 "sources, unique, buckets and captions"
             )
 
-    def places(self) -> dict[str, float]:
+    @property
+    def is_given(self) -> bool:
+        """Whether there are shards to read; else the landscapes are rendered."""
+        return self.shards is not None or bool(self.sources)
+
+    def weights(self) -> dict[str, float]:
         """Returns where the shards are, each with its weight; raises ValueError where nothing is given."""
         if self.sources:
             return self.sources
@@ -120,8 +126,8 @@ class ShardData:
         Sides of pictures are multiples of `divisor`: what the networks halve them by. Samples that fit no
         shape are written to `left_out.jsonl` beside `bad_samples`.
         """
-        places = {where: weight for where, weight in self.places().items() if weight}
-        cache = ShardCache(Path(self.cache), int(self.cache_gb * 1e9))
+        places = {where: weight for where, weight in self.weights().items() if weight}
+        cache = self._shard_cache()
         splits = [open_split(where, self.val_fraction, self.where, self.unique, cache) for where in places]
         train_views, val_views = ([split[side] for split in splits] for side in (0, 1))
         check_room(train_views, self.block_shards, cache)
@@ -150,6 +156,30 @@ class ShardData:
         )
         return train, val
 
+    def open_moments(
+        self, seed: int, autoencoder: str, text: Mapping[str, Any] | None, bad_samples: Path | None = None
+    ) -> tuple[MomentsDataset, MomentsDataset]:
+        """Returns (train, val) of the folder `precomputed`, in the order of the pictures it was made from.
+
+        `autoencoder` is the fingerprint of the run's averaged autoencoder, `text` the identity of its text
+        encoder where nothing of that is trained, else None: then captions are read, never text embeddings.
+        Raises DataError where something else made the folder.
+        """
+        assert self.precomputed is not None
+        folder = Path(self.precomputed)
+        text = text if read_provenance(folder).text is not None else None
+        preprocessing = {
+            "random_crop": self.random_crop, "flip": self.flip, "background": list(self.background)
+        }  # fmt: skip
+        check_provenance(folder, autoencoder, self.resolution, text, preprocessing)
+        return open_moments(
+            str(folder), seed, self.val_fraction, self.block_shards, text is not None, self.missing_caption,
+            self.max_bad_fraction, bad_samples, self.where, self._shard_cache(),
+        )  # fmt: skip
+
+    def _shard_cache(self) -> ShardCache:
+        return ShardCache(Path(self.cache), int(self.cache_gb * 1e9))
+
     def _plan(
         self,
         views: Sequence[IndexView],
@@ -157,7 +187,7 @@ class ShardData:
         seed: int,
         divisor: int,
         bad_samples: Path | None,
-    ) -> Plan:
+    ) -> SamplePlan:
         # A source's order is its own, but that of the first is what it would be alone.
         seeds = [seed, *(mix(seed, Purpose.SOURCE, number) for number in range(1, len(views)))]
         if self.buckets == 1:

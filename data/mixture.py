@@ -93,7 +93,7 @@ def whole_weights(weights: Sequence[float], parts: int = PARTS) -> list[int]:
     return [max(1, round(parts * weight / total)) if weight else 0 for weight in weights]
 
 
-class Plan(Protocol):
+class SamplePlan(Protocol):
     """What decides which sample each item of a run is: a pure function, so that a run resumes anywhere."""
 
     samples: int
@@ -109,7 +109,7 @@ class Plan(Protocol):
     def sample(self, views: Sequence[IndexView], place: tuple[int, int, int, int]) -> tuple[ShardIndex, int]:
         """Returns the index and row of a sample, given its source, shard, position and shape."""
 
-    def for_batches(self, batch_size: int) -> "Plan":
+    def for_batches(self, batch_size: int) -> "SamplePlan":
         """Returns the plan for global batches of that many samples."""
 
     def window(self) -> int:

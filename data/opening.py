@@ -8,7 +8,6 @@ catalogue is written where the folder can be written. `data.index` is the caller
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,12 +29,12 @@ from data.shard_index import (
     is_outdated,
     make_index,
     read_summary,
+    refuse_scheme,
 )
 
 THREADS = 16
 FEW = 32  # shards that are read without threads
 MAX_INDEX_BYTES = 1 << 30
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 HOW = "make shards from a folder of pictures with `python scripts/make_shards.py PICTURES {}`"
 
 log = logging.getLogger(__name__)
@@ -58,8 +57,9 @@ def open_dataset(shards: str, cache: ShardCache | None = None) -> Opened:
     """
     if is_address(shards):
         return _open_addresses(shards, cache)
+    refuse_scheme(shards)
     folder = Path(shards)
-    if not SCHEME.match(shards) and folder.is_dir():
+    if folder.is_dir():
         return _open_folder(folder)
     paths = find_shards(shards)
     indexes, made = _summaries(paths)
@@ -72,10 +72,7 @@ def find_shards(shards: str) -> list[Path]:
 
     Raises DataError where there is nothing, or for a scheme such as file: or pipe:, which is never run.
     """
-    if SCHEME.match(shards):
-        raise DataError(
-            f"{shards!r}: only local files, http(s) and s3 are read; copy the shards and name their folder"
-        )
+    refuse_scheme(shards)
     path = Path(shards)
     if path.is_dir():
         return [path / name for name in _names_in(path, _listing(path))]
@@ -102,22 +99,6 @@ def expand(shards: str) -> list[str]:
         raise DataError(
             f"{shards!r}: its braces do not match; write it as 'folder/{{00000..00012}}.tar'"
         ) from error
-
-
-def find_addresses(shards: str) -> list[str]:
-    """Returns the addresses of remote shards, sorted: braces for http(s), a prefix or pattern for s3.
-
-    Raises DataError where there is none.
-    """
-    found = sorted({address for each in expand(shards) for address in _listed(each)})
-    if not found:
-        raise DataError(f"{redact(shards)}: no .tar there; correct data.shards")
-    return found
-
-
-def _listed(address: str) -> list[str]:
-    whole = address.endswith(".tar") and not any(mark in address for mark in "*?[")
-    return [address] if whole else list_shards(address)
 
 
 # --- a folder -----------------------------------------------------------------------------------------------
@@ -309,7 +290,7 @@ def _open_addresses(shards: str, cache: ShardCache | None) -> Opened:
             return DataError(f"{redact(address)}: {error}; {how}")
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = list(pool.map(fetch, find_addresses(shards)))
+        found = list(pool.map(fetch, list_shards(shards)))
     _raise([str(error) for error in found if isinstance(error, DataError)])
     catalogue = Catalogue.of([index for index in found if isinstance(index, ShardIndex)], Path())
     return Opened(refuse_repeated_keys(catalogue, {}), None, {})

@@ -37,13 +37,11 @@ __all__ = [
     "Store",
     "StoreError",
     "download",
-    "is_remote",
     "list_shards",
     "read_small",
     "redact",
 ]
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 RANGE = re.compile(r"\{([+-]?\d{1,99})\.\.([+-]?\d{1,99})")
 MAX_SHARDS = 10_000_000
 
@@ -84,19 +82,6 @@ class RetryPolicy:
 
 
 DEFAULT_POLICY = RetryPolicy()
-
-
-def is_remote(text: str) -> bool:
-    """Returns whether text is an http, https or s3 address; raises DataError for any other scheme."""
-    match = SCHEME.match(text)
-    if match is None:
-        return False
-    if match[1].lower() not in ("http", "https", "s3") or not text[match.end() :].startswith("//"):
-        raise DataError(
-            f"{text!r}: only local files are read, and http://, https:// and s3:// addresses; copy the "
-            "shards to a folder and name that"
-        )
-    return True
 
 
 def redact(address: str) -> str:

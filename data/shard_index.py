@@ -9,6 +9,7 @@ short strings at the top level of the JSON field. `data.index` joins the indexes
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ __all__ = [
     "read_header",
     "read_index",
     "read_summary",
+    "refuse_scheme",
     "split_name",
     "string_hash",
     "write_atomic",
@@ -48,6 +50,7 @@ __all__ = [
 INDEX_VERSION = 2
 KIND = "shard index"
 ADDRESSES = ("http://", "https://", "s3://")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 WHOLE_IMAGE = 1 << 28  # bytes of an image that are kept where it is to be decoded
 
 log = logging.getLogger(__name__)
@@ -77,6 +80,14 @@ class Extent(NamedTuple):
 def is_address(shard: str) -> bool:
     """Returns whether text names a shard by an http(s) or s3 address rather than a path."""
     return shard.lower().startswith(ADDRESSES)
+
+
+def refuse_scheme(shard: str) -> None:
+    """Raises DataError for any other scheme, such as file: or pipe:, of which nothing is ever run."""
+    if SCHEME.match(shard) and not is_address(shard):
+        raise DataError(
+            f"{shard!r}: only local files, http(s) and s3 are read; copy the shards and name their folder"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.caption_choice import CaptionChoice
 from data.index import IMAGE_FIELDS, DataError, IndexView, ShardIndex, diff
-from data.mixture import Joined, Plan
+from data.mixture import Joined, SamplePlan
 from data.order import Order, Purpose, mix, uniform, uniforms
 from data.reader import FieldReader
 from data.shard_index import is_address
@@ -83,7 +83,7 @@ class ShardDataset(Dataset[Sample]):
     def __init__(
         self,
         views: IndexView | Sequence[IndexView],
-        order: Order | Plan,
+        order: Order | SamplePlan,
         decoder: Decoder,
         crop: ResizeCrop,
         seed: int,
@@ -102,7 +102,7 @@ class ShardDataset(Dataset[Sample]):
             order = Joined(order, [len(view.counts) for view in self.views])
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction={max_bad_fraction}; it must be from 0 to 1")
-        self.plan: Plan = order
+        self.plan: SamplePlan = order
         self.decoder = decoder
         self.crop = crop
         self.seed = seed

@@ -7,7 +7,6 @@ Filter("width >= 512"), cache=cache)`; `count_together([train, val])` saves a pa
 """
 
 import hashlib
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.arrays import UNREADABLE, read_arrays, write_arrays
+from data.arrays import keep, read_kept
 from data.cache import ShardCache
 from data.changes import describe_shards
 from data.duplicates import Duplicates
@@ -33,8 +32,6 @@ ALL_HASHES = 1 << 64
 MAX_LOADED = 512  # shards whose rows a process holds
 KIND = "view"
 QUIET = 2.0  # seconds that a pass may take without saying so
-
-log = logging.getLogger(__name__)
 
 
 class IndexView:
@@ -142,30 +139,17 @@ class IndexView:
         """Returns whether the counts are known without a pass over the index, and takes them."""
         if self.is_whole:
             self.__dict__["counts"] = self.index.counts
-        path = self._kept()
-        if "counts" not in self.__dict__ and path is not None:
-            try:
-                _, arrays = read_arrays(path, KIND)
-                if arrays["counts"].shape != (len(self.index.headers),):
-                    raise ValueError("it counts other shards")
+        if "counts" not in self.__dict__:
+            shape = (len(self.index.headers),)
+            arrays = read_kept(self._kept(), KIND, lambda arrays: arrays["counts"].shape == shape)
+            if arrays is not None:
                 self.__dict__["counts"] = tuple(arrays["counts"].tolist())
-            except FileNotFoundError:
-                pass
-            except UNREADABLE as error:
-                log.warning("%s: %s; it is made again", path, error)
         return "counts" in self.__dict__
 
     def set_counts(self, counts: np.ndarray) -> None:
         """Takes the counts and keeps them in the cache; a cache that cannot be written is done without."""
         self.__dict__["counts"] = tuple(counts.tolist())
-        path = self._kept()
-        if path is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, {"kind": KIND}, {"counts": counts})
-        except OSError as error:
-            log.warning("%s: the counts are not kept (%s)", path, error.strerror)
+        keep(self._kept(), KIND, {"counts": counts})
 
 
 def count_together(views: Sequence[IndexView]) -> None:

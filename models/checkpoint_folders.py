@@ -38,24 +38,24 @@ class Retention:
     """Which checkpoints stay when a newer one has been saved; what `best.json` names stays in any case.
 
     Args:
-        keep_last: so many of the newest that verify, 2 or more.
-        keep_every_images: also the first at or past each multiple of this; 0 for none.
+        last: so many of the newest that verify, 2 or more.
+        every_images: also the first at or past each multiple of this; 0 for none.
 
     Raises:
         ValueError: out of range.
     """
 
-    keep_last: int = 2
-    keep_every_images: int = 0
+    last: int = 2
+    every_images: int = 0
 
     def __post_init__(self) -> None:
-        if self.keep_last < 2:
+        if self.last < 2:
             raise ValueError(
-                f"keep_last is {self.keep_last}, but must be 2 or more: where the newest is damaged, "
+                f"last is {self.last}, but must be 2 or more: where the newest is damaged, "
                 "training goes on from the one before"
             )
-        if self.keep_every_images < 0:
-            raise ValueError(f"keep_every_images is {self.keep_every_images}, but must be 0 or more")
+        if self.every_images < 0:
+            raise ValueError(f"every_images is {self.every_images}, but must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -184,11 +184,11 @@ def superseded(saved: Path, retention: Retention, verifies: Callable[[Path], boo
     there = folders(saved.parent)
     below = [folder for folder in there if rank(folder) < rank(saved)]
     kept = 1
-    while below and kept < retention.keep_last:
+    while below and kept < retention.last:
         kept += verifies(below.pop())
     keep = {saved.parent / name for name in best_names(saved.parent)}
-    if below and retention.keep_every_images:
-        keep |= _milestones(there, retention.keep_every_images, verifies)
+    if below and retention.every_images:
+        keep |= _milestones(there, retention.every_images, verifies)
     return [folder for folder in below if folder not in keep]
 
 

@@ -5,7 +5,7 @@ There is at most one save in flight and one set of buffers, so that memory is bo
 write that fails (a full disk) costs nothing but a warning: training goes on, the next attempt comes after a
 growing number of images, and only so many failures in a row are an error.
 
-    writer = CheckpointWriter(parent, Retention(keep_last=3))
+    writer = CheckpointWriter(parent, Retention(last=3))
     while training:
         step()
         writer.check()

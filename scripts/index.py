@@ -32,8 +32,8 @@ from data.findings import find_duplicates, survey
 from data.index import Index
 from data.index_report import FINE, advise, write_report
 from data.indexing import Job, Outcome, index_shards
-from data.opening import find_addresses, find_shards
-from data.remote import redact
+from data.opening import find_shards
+from data.remote import list_shards, redact
 from data.shard_index import DataError, index_path, is_address
 
 DATA, INTERRUPTED = 3, 130
@@ -189,7 +189,7 @@ def _examine(
 
 
 def _jobs(args: argparse.Namespace, shards: str, out: Path) -> list[Job]:
-    names = find_addresses(shards) if is_address(shards) else [str(path) for path in find_shards(shards)]
+    names = list_shards(shards) if is_address(shards) else [str(path) for path in find_shards(shards)]
     beside = out == Path(shards)
     return [
         Job(

@@ -109,7 +109,7 @@ def test_a_planted_leak_is_found(parts: tuple[str, str]) -> None:
         "http://127.0.0.1:8000/",
         "data.shards=/data/shards/train-{000000..000099}.tar",
         "s3://bucket/shards, file:///data/x.tar",
-        "framework/work/home/x and ~/home/x and $HOME/work/x",
+        "frame/workshop/homely/x and ~/homely/x",
     ],
 )
 def test_references_and_examples_are_none(line: str) -> None:

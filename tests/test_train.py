@@ -22,6 +22,7 @@ from models.stages.callbacks import Clock
 from models.stages.compute import Compute
 from models.stages.lock import run_lock
 from scripts.export import main as export
+from scripts.precompute import main as precompute
 
 PROJECT = Path(__file__).resolve().parents[1]
 Command = Callable[..., int]
@@ -251,3 +252,30 @@ def test_sampling_needs_no_lightning(first: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_training_goes_on_from_precomputed_moments(first: Path, command: Command, capsys: Any) -> None:
+    """The autoencoder of a run makes the moments that the diffusion stage of the same run then reads."""
+    run, folder = copied(first, "precomputed")
+    shutil.rmtree(run / "diffusion")
+    assert command("train", *WORDS, folder, "data.precomputed=precomputed/moments") == 3
+    assert "precompute" in capsys.readouterr().err
+    assert precompute([str(run), "precomputed/moments"]) == 0
+    assert command("train", *WORDS, folder, "data.precomputed=precomputed/moments") == 0
+    losses = [
+        [
+            json.loads(line)["val_loss"]
+            for line in (each / "diffusion" / "metrics.jsonl").read_text().splitlines()
+        ]
+        for each in (run, first)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_several_sources_are_mixed(first: Path, command: Command, capsys: Any) -> None:
+    shards = next(path for path in (first.parents[1] / "shards").iterdir() if path.is_dir())
+    shutil.copytree(shards / "train", first.parents[1] / "more", dirs_exist_ok=True)
+    sources = f"data.sources={{{shards}: 3, more: 1}}"
+    words = [word for word in WORDS if not word.startswith(("name=", "rendered."))]
+    assert command("train", *words, sources, "data.val_fraction=0.2", "stages=[autoencoder]") == 0
+    assert f"landscapes-{shards.name}-more" in capsys.readouterr().out

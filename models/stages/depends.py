@@ -22,13 +22,14 @@ DEPENDS = {
 FREE = (
     *("images", "validate_every_images", "validation_images", "checkpoint_every_images", "log_every_images"),
     *("shards", "workers", "max_bad_fraction", "allow_change", "cache", "cache_gb", "worker_timeout"),
+    "precomputed",  # what it holds is compared by the fingerprint of the data and of the autoencoder
 )
 
 
 def differences(stage: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that `stage` depends on and that differ between two configurations, a line each.
 
-    A key that either lacks is not compared: it came with another version, and its default is what ran before.
+    A key that either lacks is not compared: it came with another version, which cannot say how it ran.
     """
     was, becomes = (flatten(values, DEPENDS[stage]) for values in (before, now))
     return [

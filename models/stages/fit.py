@@ -76,7 +76,6 @@ def fit(work: Work, session: Session) -> None:
                 saver.save(trainer.optimizers[0], validation.figures, wait=True)
             for each in trainer.loggers:
                 each.save()
-            ranks.wait()
             asked = max(int(asked) for (asked,) in ranks.gather([float(session.signals.asked)]))
     if asked > SAVE:
         raise Stopped(asked)

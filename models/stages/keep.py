@@ -2,6 +2,8 @@
 
 import math
 
+from models.checkpoint_folders import Retention
+
 
 class Keep:
     """The checkpoints of a stage that are not removed.
@@ -16,12 +18,7 @@ class Keep:
     def __init__(
         self, last: int = 2, every_images: int = 0, best: str = "val_loss", highest: bool = False
     ) -> None:
-        if last < 2:
-            raise ValueError(f"last is {last}, but two verified checkpoints are the least that is safe")
-        if every_images < 0:
-            raise ValueError(f"every_images is {every_images}, but must not be negative")
-        self.last = last
-        self.every_images = every_images
+        self.retention = Retention(last, every_images)
         self.best = best
         self.highest = highest
 
@@ -33,5 +30,5 @@ class Keep:
 
     def checkpoints(self, images: int) -> int:
         """At most how many stay after `images` images."""
-        milestones = images // self.every_images if self.every_images else 0
-        return self.last + milestones + bool(self.best)
+        every = self.retention.every_images
+        return self.retention.last + (images // every if every else 0) + bool(self.best)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from models.checkpoint import Best, Checkpoint, Retention, best_of, newest
+from models.checkpoint import Best, Checkpoint, best_of, newest
 from models.checkpoint_writer import CheckpointWriter
 from models.stages.session import Session
 from models.stages.stage import Stage, stage_state, stage_tensors
@@ -41,7 +41,7 @@ class Saver:
     def _new_writer(self) -> CheckpointWriter:
         keep = self.session.keep
         retry = max(1, self.stage.plan.checkpoint_every_images // _RETRY_SHARE)
-        return CheckpointWriter(self.parent, Retention(keep.last, keep.every_images), retry)
+        return CheckpointWriter(self.parent, keep.retention, retry)
 
     def __enter__(self) -> Self:
         return self

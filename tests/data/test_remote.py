@@ -22,7 +22,6 @@ from data.remote import (
     AbsentError,
     RetryPolicy,
     download,
-    is_remote,
     list_shards,
     read_small,
     redact,
@@ -434,15 +433,6 @@ def test_http_lists_are_written_in_braces() -> None:
         list_shards("https://host/{0..1.tar")
     with pytest.raises(DataError, match=r"more than .* shards; correct its braces"):
         list_shards("https://host/{0..99999999999}.tar")
-
-
-def test_schemes() -> None:
-    assert [is_remote(text) for text in ("a.tar", "/a/b", "http://x/a.tar", "HTTPS://x", "s3://b/k")] == [
-        *(False, False, True, True, True)
-    ]
-    for text in ("pipe:touch X", "file:///etc/passwd", "gs://b/k", "http:x", "ftp://x/a.tar"):
-        with pytest.raises(DataError, match="only local files are read, and http"):
-            is_remote(text)
 
 
 def test_importing_is_cheap() -> None:

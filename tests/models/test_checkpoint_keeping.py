@@ -79,12 +79,12 @@ def test_damaged_ones_above_never_cost_the_run_what_it_writes_after_going_on_fro
 
 @pytest.mark.parametrize("values", [(1, 0), (0, 0), (-2, 0), (2, -1)])
 def test_a_retention_that_would_leave_too_few_is_refused(values: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"keep_\w+ is -?\d, but must be [20] or more"):
+    with pytest.raises(ValueError, match=r"\w+ is -?\d, but must be [20] or more"):
         Retention(*values)
 
 
 def test_more_than_two_can_be_kept_and_damaged_ones_do_not_count(tmp_path: Path, kit: Any) -> None:
-    rule = Retention(keep_last=4)
+    rule = Retention(last=4)
     for images in range(1, 8):
         kit.save(tmp_path, images, rule)
     assert kit.numbers(tmp_path) == [4, 5, 6, 7]
@@ -100,7 +100,7 @@ def test_more_than_two_can_be_kept_and_damaged_ones_do_not_count(tmp_path: Path,
 
 
 def test_the_first_at_or_past_each_multiple_stays(tmp_path: Path, kit: Any) -> None:
-    rule = Retention(keep_every_images=100)
+    rule = Retention(every_images=100)
     for images in (0, 30, 60, 99, 130, 160, 199, 200, 230, 450, 460, 470, 480):
         kit.save(tmp_path, images, rule)
     assert kit.numbers(tmp_path) == [130, 200, 450, 470, 480]
@@ -109,7 +109,7 @@ def test_the_first_at_or_past_each_multiple_stays(tmp_path: Path, kit: Any) -> N
 
 
 def test_a_damaged_milestone_gives_way_to_the_next_of_its_multiple(tmp_path: Path, kit: Any) -> None:
-    rule = Retention(keep_every_images=100)
+    rule = Retention(every_images=100)
     kit.flip(kit.save(tmp_path, 100, rule) / "weights.safetensors")
     for images in (120, 140, 160, 200, 220):
         kit.save(tmp_path, images, rule)

@@ -137,7 +137,7 @@ def test_any_tensor_is_copied_in_any_mode(mode: Any) -> None:
 
 
 def test_retention_and_the_best_are_passed_on(tmp_path: Path, kit: Any) -> None:
-    writer = CheckpointWriter(tmp_path, Retention(keep_last=3, keep_every_images=5))
+    writer = CheckpointWriter(tmp_path, Retention(last=3, every_images=5))
     for images in (1, 2, 5, 6, 7, 8, 9):
         writer.save(images, *kit.content(images), best=Best("loss", 0.5) if images == 2 else None)
     writer.close()
