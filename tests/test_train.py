@@ -262,14 +262,9 @@ def test_training_goes_on_from_precomputed_moments(first: Path, command: Command
     assert "precompute" in capsys.readouterr().err
     assert precompute([str(run), "precomputed/moments"]) == 0
     assert command("train", *WORDS, folder, "data.precomputed=precomputed/moments") == 0
-    losses = [
-        [
-            json.loads(line)["val_loss"]
-            for line in (each / "diffusion" / "metrics.jsonl").read_text().splitlines()
-        ]
-        for each in (run, first)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    lines = [(each / "diffusion" / "metrics.jsonl").read_text().splitlines() for each in (run, first)]
+    losses, wanted = ([json.loads(line)["val_loss"] for line in each] for each in lines)
+    assert losses == pytest.approx(wanted, rel=1e-3)
 
 
 def test_several_sources_are_mixed(first: Path, command: Command, capsys: Any) -> None:
