@@ -23,6 +23,8 @@ KINDS = (
     (b"BM", "image/bmp"),
     (b"II*\0", "image/tiff"),
     (b"MM\0*", "image/tiff"),
+    (b"II+\0", "image/tiff"),
+    (b"MM\0+", "image/tiff"),
     (b"%!PS", "application/postscript"),
     (b"%PDF", "application/pdf"),
     (b"PK\x03\x04", "application/zip"),
@@ -34,6 +36,8 @@ KINDS = (
     (b"{", "application/json"),
     (b"[", "application/json"),
 )
+# First bytes of what is read, but for WebP, whose size stands between its two words.
+OURS = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"))
 
 
 class Decoder:
@@ -80,9 +84,7 @@ class Decoder:
             except BadSample:
                 raise
             except Image.UnidentifiedImageError as error:
-                raise BadSample(
-                    field, f"not an image ({_kind(data)}); JPEG, PNG and WebP are read"
-                ) from error
+                raise BadSample(field, _why_unidentified(data)) from error
             except Image.DecompressionBombError as error:
                 raise BadSample(field, f"more than {self.max_pixels} pixels: {error}") from error
             except Exception as error:
@@ -114,6 +116,15 @@ def _draft_size(size: tuple[int, int], short: int) -> tuple[int, int]:
     """Returns the size with `short` as the shorter side, rounded up."""
     least = min(size)
     return -(-size[0] * short // least), -(-size[1] * short // least)
+
+
+def _why_unidentified(data: bytes) -> str:
+    """Returns why no decoder took the data: it is something else, or one of ours with a damaged header."""
+    ours = "image/webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+    ours = next((kind for magic, kind in OURS if data.startswith(magic)), ours)
+    if ours is not None:
+        return f"damaged: begins as {ours}, but its header cannot be read"
+    return f"not an image ({_kind(data)}); JPEG, PNG and WebP are read"
 
 
 def _kind(data: bytes) -> str:

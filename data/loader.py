@@ -13,6 +13,7 @@ import faulthandler
 import gc
 import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
@@ -37,6 +38,7 @@ from data.batch import Batch
 
 PREFETCH = 4  # batches each worker prepares ahead
 TICK = 1.0  # seconds between two looks at the workers
+EXIT_WAIT = 10.0  # seconds until a worker whose end of a pipe is gone has an exit code
 STACKS_WAIT = 1.0  # seconds a stuck worker has to write its stacks
 #: What the process group is sent, and the main process decides upon.
 GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set())
@@ -133,6 +135,8 @@ class Loader:
         """Returns what an error of torch's says of the workers, None where it is nothing of theirs."""
         if self._stacks is None:
             return None
+        if isinstance(error, (ConnectionError, EOFError)):  # of a worker that ended while it handed over
+            multiprocessing.connection.wait([each.sentinel for each in self.processes], EXIT_WAIT)
         dead = [each for each in self.processes if each.exitcode is not None]
         if dead and not str(error).startswith("Caught "):
             return "; ".join(_death(each) for each in dead) + "; then go on with resume=true"

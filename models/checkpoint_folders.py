@@ -6,8 +6,8 @@
 
 Numbers decide, never times of change or links: where a file system has no links, none is made. Whatever is
 being made or removed goes by a hidden name ending in .part, so that a crash leaves nothing that could be
-taken for a checkpoint, and the next save removes it. What lies inside a folder is the matter of
-`models/checkpoint.py`, whose users find here nothing that is not there as well.
+taken for a checkpoint, and the run's next start or save removes it. What lies inside a folder is the matter
+of `models/checkpoint.py`, whose users find here nothing that is not there as well.
 """
 
 import contextlib

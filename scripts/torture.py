@@ -3,7 +3,8 @@
 Real processes are killed and signalled at random moments, bits are flipped and files cut, saves crash and
 disks are full; afterwards every bit is compared with a run that nothing happened to. A line is printed for
 every kind of trial and for every failure; the last line is one JSON object with all figures. The exit code is
-0 only if all of them are as wanted. `--short` makes a few trials of each kind, in about a minute.
+0 only if all of them are as wanted. `--short` makes a few trials of each kind, of shorter runs and all kinds
+at the same time, in about a minute.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from scripts.faults.flips import run_flips
 from scripts.faults.jobs import Jobs, Report
 from scripts.faults.kills import run_kills
 from scripts.faults.resume import run_resume
-from scripts.faults.runs import Bench, has_option
+from scripts.faults.runs import FEW_STEPS, STEPS, Bench
 from scripts.faults.saves import run_saves
 from scripts.faults.schedules import run_schedules
 from scripts.faults.sigterms import run_sigterms
@@ -35,6 +37,8 @@ COUNTS = {
     "kills": (100, 5), "schedules": (12, 1), "flips": (2_000, 60), "sigterms": (50, 2), "saves": (200, 15),
     "resume": (100_000_000, 100_000),
 }  # fmt: skip
+#: Ranks of the runs that a kind breaks.
+RANKS = {"kills": (1, 2), "schedules": (1,), "sigterms": (2,)}
 #: Seconds from opening a dataset at a late position to the first batch.
 MOST_RESUME_SECONDS = 5.0
 #: Figures and what they have to be where they were measured.
@@ -43,6 +47,7 @@ WANTED: dict[str, Callable[[dict[str, Any]], bool]] = {
     "lost": lambda f: f["lost"] == 0,
     "duplicated": lambda f: f["duplicated"] == 0,
     "wrong_exit_after_kill": lambda f: f["wrong_exit_after_kill"] == 0,
+    "left_behind": lambda f: f["left_behind"] == 0,
     "key_orders": lambda f: f["key_orders"] == 1,
     "silent": lambda f: f["silent"] == 0,
     "untidy": lambda f: f["untidy"] == 0,
@@ -57,31 +62,54 @@ WANTED: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 class Torture:
-    """All kinds of trials, on runs that are made when the first kind needs them.
+    """All kinds of trials, and the uninterrupted runs that they share, made at the same time.
 
     Args:
         report: what all kinds report to.
         jobs: that run the trials.
+        kinds: that are wanted.
     """
 
-    def __init__(self, report: Report, jobs: Jobs) -> None:
+    def __init__(self, report: Report, jobs: Jobs, kinds: Collection[str]) -> None:
         self.report = report
         self.jobs = jobs
-        self._benches: dict[int, Bench] = {}
+        self._kinds = ThreadPoolExecutor(len(kinds) if report.short else 1)
+        self._wholes = ThreadPoolExecutor()
+        wanted = {ranks for kind in kinds for ranks in RANKS.get(kind, ())}
+        self._benches = {ranks: self._wholes.submit(self._make, ranks) for ranks in sorted(wanted)}
+
+    def __enter__(self) -> "Torture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._kinds, self._wholes):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, kind: str, count: int) -> Future[dict[str, Any]]:
+        """The figures of a kind, once it has ended; in a short torture all kinds go on at the same time."""
+        return self._kinds.submit(self._run, kind, count)
+
+    def _run(self, kind: str, count: int) -> dict[str, Any]:
+        began = time.monotonic()
+        found = KINDS[kind](self, count)
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+        self.report.say(f"{kind}: {told} ({time.monotonic() - began:.0f} s)")
+        return found
+
+    def _make(self, ranks: int) -> Bench:
+        steps = FEW_STEPS if self.report.short else STEPS
+        bench = Bench(self.report.out / f"ranks-{ranks}", ranks=ranks, steps=steps)
+        self.jobs.run([bench.run_whole])
+        self.report.say(f"an uninterrupted run of {ranks} took {bench.seconds:.1f} s")
+        return bench
 
     def bench(self, ranks: int) -> Bench:
         """Runs of so many ranks, with the uninterrupted one they are compared with."""
-        if ranks not in self._benches:
-            bench = Bench(self.report.out / f"ranks-{ranks}", ranks=ranks)
-            bench.run_whole(self.jobs.zygotes[0])
-            self.report.say(f"an uninterrupted run of {ranks} took {bench.seconds:.1f} s")
-            self._benches[ranks] = bench
-        return self._benches[ranks]
+        return self._benches[ranks].result()
 
     def kills(self, count: int) -> dict[str, Any]:
         """Figures of kills."""
-        two = self.bench(2) if has_option("devices") else None
-        return run_kills(self.jobs, self.bench(1), two, self.report, count)
+        return run_kills(self.jobs, self.bench(1), self.bench(2), self.report, count)
 
     def flips(self, count: int) -> dict[str, Any]:
         """Figures of damage on disk."""
@@ -89,7 +117,7 @@ class Torture:
 
     def sigterms(self, count: int) -> dict[str, Any]:
         """Figures of signals."""
-        return run_sigterms(self.jobs, self.bench(2 if has_option("devices") else 1), self.report, count)
+        return run_sigterms(self.jobs, self.bench(2), self.report, count)
 
     def schedules(self, count: int) -> dict[str, Any]:
         """Figures of changes of ranks and workers."""
@@ -97,7 +125,7 @@ class Torture:
 
     def resume(self, count: int) -> dict[str, Any]:
         """Figures of going on in the middle of many samples."""
-        return run_resume(self.report, count)
+        return run_resume(self.jobs, self.report, count)
 
     def saves(self, count: int) -> dict[str, Any]:
         """Figures of saves that were cut short."""
@@ -138,14 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     counts = {kind: vars(args)[kind] or COUNTS[kind][args.short] for kind in args.only}
     figures: dict[str, Any] = {"seed": args.seed, "only": args.only}
     try:
-        with Jobs(out, args.jobs) as jobs:
-            torture = Torture(report, jobs)
-            for kind, count in counts.items():
-                started = time.monotonic()
-                found = KINDS[kind](torture, count)
-                told = ", ".join(f"{name} {value}" for name, value in found.items())
-                report.say(f"{kind}: {told} ({time.monotonic() - started:.0f} s)")
-                figures |= found
+        with Jobs(out, args.jobs) as jobs, Torture(report, jobs, args.only) as torture:
+            for ended in [torture.start(kind, count) for kind, count in counts.items()]:
+                figures |= ended.result()
     except KeyboardInterrupt:
         print(f"torture.py: interrupted; its files are in {out}", file=sys.stderr)
         return INTERRUPTED

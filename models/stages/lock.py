@@ -1,9 +1,11 @@
 """One run, one process: a lock on the run's folder that says who holds it.
 
 The lock is the operating system's (`flock`), so a process that dies lets go of it, whatever killed it; the
-file's content only serves the message.
+file's content only serves the message. Whoever holds it is the only one that writes checkpoints there, and so
+sweeps away at once what a killed one has left of a save, also where the run turns out to be done.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.progress import duration
+from models.checkpoint_folders import remove_abandoned
 
 LOCK = "lock.json"
 
@@ -24,7 +27,7 @@ class LockError(OSError):
 
 @contextmanager
 def run_lock(folder: Path, pids: Sequence[int]) -> Iterator[None]:
-    """Holds `folder/lock.json` meanwhile; a lock left by a dead process is taken over.
+    """Holds `folder/lock.json` meanwhile; a dead process's lock is taken over, and its half saves removed.
 
     Args:
         folder: of the run; made if it is not there.
@@ -47,6 +50,9 @@ def run_lock(folder: Path, pids: Sequence[int]) -> Iterator[None]:
         }  # fmt: skip
         file.write(json.dumps(content) + "\n")
         file.flush()
+        for parent in folder.glob("*/checkpoints"):
+            with contextlib.suppress(OSError):  # the next save meets what is wrong, and names it
+                remove_abandoned(parent)
         try:
             yield
         finally:

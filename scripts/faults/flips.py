@@ -221,7 +221,7 @@ def targets(folder: Path) -> dict[str, Target]:
 def run_flips(jobs: Jobs, report: Report, flips: int) -> dict[str, Any]:
     """Figures of `flips` flipped bits and of every cut: how many detected, harmless and silent."""
     tasks: list[Callable[[Zygote], Counter[str]]] = []
-    parts = 2 * len(jobs.zygotes)
+    parts = 1 if report.short else 2 * jobs.count
     for name, target in targets(report.out).items():
         count = round(flips * target.share)
         for part in range(parts):

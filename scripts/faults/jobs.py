@@ -1,6 +1,7 @@
-"""Several trials at a time: a zygote for every job, and a thread that drives it.
+"""Several trials at a time: one zygote forks them all, and a thread drives each.
 
-Use: `with Jobs(out, 2) as jobs: results = jobs.run([task, ...])`, each task a function of a zygote.
+Use: `with Jobs(out, 2) as jobs: results = jobs.run([task, ...])`, each task a function of the zygote. Several
+threads may run tasks; no more than `count` go on at a time in all.
 """
 
 import contextlib
@@ -20,23 +21,24 @@ Task = Callable[[Zygote], T]
 
 
 class Jobs:
-    """A pool of zygotes.
+    """A bounded number of trials at a time.
 
     Args:
-        out: the folder their errors are written to.
+        out: the folder the zygote's errors are written to.
         count: how many trials run at a time.
     """
 
     def __init__(self, out: Path, count: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._stack = contextlib.ExitStack()
-        self.zygotes = [self._stack.enter_context(Zygote(out / f"zygote-{k}.log")) for k in range(count)]
+        self.count = count
+        self.zygote = Zygote(out / "zygote.log")
+        self._slots = threading.BoundedSemaphore(count)
 
     def __enter__(self) -> "Jobs":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self.zygote.close()
 
     def run(self, tasks: Sequence[Task[T]]) -> list[T]:
         """The results in the order of the tasks; the first error of one is raised when all have ended."""
@@ -46,16 +48,17 @@ class Jobs:
         results: dict[int, T] = {}
         errors: list[BaseException] = []
 
-        def work(zygote: Zygote) -> None:
+        def work() -> None:
             with contextlib.suppress(queue.Empty):
                 while not errors:
                     number = waiting.get_nowait()
                     try:
-                        results[number] = tasks[number](zygote)
+                        with self._slots:
+                            results[number] = tasks[number](self.zygote)
                     except BaseException as error:
                         errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(zygote,), daemon=True) for zygote in self.zygotes]
+        threads = [threading.Thread(target=work, daemon=True) for _ in tasks[: self.count]]
         for thread in threads:
             thread.start()
         for thread in threads:

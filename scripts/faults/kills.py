@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.faults.jobs import Jobs, Report
-from scripts.faults.runs import BATCH, IMAGES, PATIENCE, Bench, Broken, tail
+from scripts.faults.runs import BATCH, PATIENCE, Bench, Broken, tail
 from scripts.faults.zygote import PROJECT, Trial, Zygote, children_of
 
 ENVIRONMENT = 5
@@ -43,9 +43,7 @@ class Outcome:
     left_behind: int = 0
 
 
-def run_kills(
-    jobs: Jobs, bench: Bench, bench_of_two: Bench | None, report: Report, kills: int
-) -> dict[str, Any]:
+def run_kills(jobs: Jobs, bench: Bench, bench_of_two: Bench, report: Report, kills: int) -> dict[str, Any]:
     """Figures of `kills` kills: how many, of what, and how many were of runs that came out identical.
 
     Args:
@@ -56,15 +54,16 @@ def run_kills(
         kills: how many, of all kinds together.
     """
     began = time.monotonic()
-    workers, ranks, commands = max(1, kills // 10), max(1, kills // 20), max(1, kills // 50)
+    workers, ranks, commands, of_two = max(1, kills // 10), max(1, kills // 20), kills // 50, kills // 20
     tasks: list[Callable[[Zygote], Outcome]] = [
         functools.partial(_worker_run, bench, report, workers),
-        functools.partial(_command_run, bench, report, commands),
+        functools.partial(_rank_run, bench_of_two, report, ranks),
     ]
-    if bench_of_two is not None:
-        tasks.append(functools.partial(_rank_run, bench_of_two, report, ranks))
-        tasks.append(functools.partial(_killed_run, bench_of_two, report, 0, ranks))
-    left = max(1, kills - workers - commands - 2 * ranks * (bench_of_two is not None))
+    if of_two:
+        tasks.append(functools.partial(_killed_run, bench_of_two, report, 0, of_two))
+    if commands:
+        tasks.append(functools.partial(_command_run, bench, report, commands))
+    left = max(1, kills - workers - ranks - of_two - commands)
     runs = -(-left // KILLS_A_RUN)
     for number in range(runs):
         share = left * (number + 1) // runs - left * number // runs
@@ -120,9 +119,7 @@ def _rank_run(bench: Bench, report: Report, kills: int, zygote: Zygote) -> Outco
     broken = bench.place("ranks")
     while outcome.kills["rank"] < kills:
         trial = bench.start(zygote, broken)
-        wanted = _lines_of(broken) + chance.randrange(1, 20)
-        _until(trial, lambda wanted=wanted: _lines_of(broken) >= wanted)  # type: ignore[misc]
-        time.sleep(chance.uniform(0, 0.05))
+        wait_for("step", trial, broken, chance)
         ranks = trial.ranks()
         if trial.poll() is not None or len(ranks) < bench.ranks:
             break
@@ -151,7 +148,7 @@ def _check(bench: Bench, broken: Broken, outcome: Outcome, report: Report, finis
     """Compares a run with the uninterrupted one, as far as it has come."""
     for fault in bench.faults(broken, finished):
         _blame(report, outcome, fault, broken.place)
-    if finished:  # a kill after the last save: no later one was there to clean up
+    if finished:  # also after a kill in the last save: the start that found it done swept
         outcome.left_behind += len(_staging(broken.checkpoints(), removed=True))
 
 
@@ -179,11 +176,11 @@ def wait_for(moment: str, trial: Trial, broken: Broken, chance: random.Random) -
     if moment == "start":
         time.sleep(chance.uniform(0, 2.5))
     elif moment == "step":
-        wanted = _lines_of(broken) + chance.randrange(1, 25)
+        wanted = _lines_of(broken) + chance.randrange(1, broken.images // BATCH // 3 + 1)
         _until(trial, lambda: _lines_of(broken) >= wanted)
         time.sleep(chance.uniform(0, 0.05))
     elif moment == "end":
-        _until(trial, lambda: _last_images(broken) >= IMAGES)
+        _until(trial, lambda: _last_images(broken) >= broken.images)
         time.sleep(chance.uniform(0, 1.0))
     elif moment == "writer":
         skip, seen = chance.randrange(3), set[str]()
@@ -246,6 +243,7 @@ def _worker_run(bench: Bench, report: Report, kills: int, zygote: Zygote) -> Out
             outcome.wrong_exit += 1
             report.fail("kills", f"worker {victim} was killed, the run ended with {code}: {last}", trial.log)
         _check(bench, broken, outcome, report, finished=False)
+    broken.words = ()  # it goes on without a worker, which must change nothing
     _finish(bench, report, broken, outcome, zygote)
     return outcome
 

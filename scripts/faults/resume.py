@@ -3,9 +3,10 @@
 The dataset is real but for its size: a few distinct shards of a thousand small pictures, hard-linked under a
 hundred thousand names, with the catalogue that indexing would write. The keys of the links are the same, so
 the catalogue is written as if they had been compared. A first opening counts the split and keeps the counts
-in the cache, as the beginning of a run does; then a fresh process opens the dataset at a late position.
+in the cache, as the beginning of a run does; then fresh processes open the dataset at a late position.
 """
 
+import functools
 import json
 import os
 import resource
@@ -18,28 +19,37 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.faults.jobs import Report
+from scripts.faults.jobs import Jobs, Report
 from scripts.faults.runs import write_data
-from scripts.faults.zygote import PROJECT
+from scripts.faults.zygote import PROJECT, Zygote
 
 SHARD_SAMPLES = 1_000
 DISTINCT = 4
 BATCH = 64
 #: Where the run goes on, as a share of the samples.
 LATE = 0.77
+#: Fresh processes, of which the fastest counts, and in a short torture.
+TIMES, FEW_TIMES = 3, 1
+PATIENCE = 300.0
 #: Links that a file may have on common file systems, well below the least of them.
 MOST_LINKS = 30_000
 
 
-def run_resume(report: Report, samples: int) -> dict[str, Any]:
+def run_resume(jobs: Jobs, report: Report, samples: int) -> dict[str, Any]:
     """Figures of a resume among `samples` samples: seconds with and without imports, and peak memory."""
+    return jobs.run([functools.partial(_resume, report, samples)])[0]
+
+
+def _resume(report: Report, samples: int, zygote: Zygote) -> dict[str, Any]:
+    """The figures, measured in one job."""
     folder = report.out / "resume"
     shards = max(DISTINCT, samples // SHARD_SAMPLES)
     began = time.monotonic()
     write_dataset(folder / "shards", shards)
     made = time.monotonic() - began
-    first = _fresh(folder, 0)
-    late = [_fresh(folder, int(LATE * shards * SHARD_SAMPLES) // BATCH * BATCH) for _ in range(3)]
+    first = _forked(folder, zygote)
+    start = int(LATE * shards * SHARD_SAMPLES) // BATCH * BATCH
+    late = [_fresh(folder, start) for _ in range(FEW_TIMES if report.short else TIMES)]
     shutil.rmtree(folder)
     best = min(late, key=lambda figures: figures["seconds"])
     return {
@@ -69,6 +79,16 @@ def write_dataset(folder: Path, shards: int) -> None:
         indexes.append(replace(index, header=header))
         stamps.append(index.header.index.stat().st_mtime_ns)
     write_catalogue(replace(Catalogue.of(indexes, folder, stamps), unique_keys=True))
+
+
+def _forked(folder: Path, zygote: Zygote) -> dict[str, float]:
+    """Figures of a first opening, in a forked process, whose imports and memory are not its own."""
+    log = folder / "first.log"
+    trial = zygote.start("resume", [str(folder), "0"], folder, log)
+    if (code := trial.wait(PATIENCE)) != 0:
+        trial.kill()
+        raise RuntimeError(f"the first opening ended with {code}: {trial.said()[-600:]}")
+    return dict(json.loads(trial.said().splitlines()[-1]))
 
 
 def _fresh(folder: Path, start: int) -> dict[str, float]:
@@ -106,5 +126,10 @@ def measure(words: Sequence[str]) -> dict[str, float]:
     return {"seconds": seconds, "peak_mib": peak, "imports_mib": imports}
 
 
+def tell_measured(words: Sequence[str]) -> None:
+    """Prints what `measure` returns as JSON."""
+    print(json.dumps(measure(words)), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1:])))
+    tell_measured(sys.argv[1:])

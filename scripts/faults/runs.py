@@ -4,7 +4,6 @@
 saves at any step can be compared. Bits are compared by the SHA-256 of weights, average and optimizer.
 """
 
-import inspect
 import io
 import json
 import shutil
@@ -19,8 +18,8 @@ from PIL import Image
 from scripts.faults.zygote import Trial, Zygote
 
 BATCH = 8
-STEPS = 60
-IMAGES = BATCH * STEPS
+#: Steps of the diffusion stage, and in a short torture.
+STEPS, FEW_STEPS = 60, 16
 SAMPLES = 96
 #: Seconds in which a whole run ends on a busy machine.
 PATIENCE = 240.0
@@ -35,19 +34,12 @@ WORDS = (
     "text_encoder.context_length=12", "trainer.precision=fp32", "trainer.compile=off", "trainer.threads=1",
     "plan.autoencoder.images=96", "plan.autoencoder.batch_size=32", "plan.autoencoder.warmup_images=32",
     "plan.autoencoder.log_every_images=32", "plan.autoencoder.checkpoint_every_images=32",
-    "plan.autoencoder.validation_images=8", f"plan.diffusion.images={IMAGES}",
-    f"plan.diffusion.batch_size={BATCH}", f"plan.diffusion.log_every_images={BATCH}",
+    "plan.autoencoder.validation_images=8", f"plan.diffusion.batch_size={BATCH}",
+    f"plan.diffusion.log_every_images={BATCH}",
     "plan.diffusion.warmup_images=80", f"plan.diffusion.checkpoint_every_images={5 * BATCH}",
-    f"plan.diffusion.validate_every_images={20 * BATCH}", "plan.diffusion.validation_images=8",
-    "sampling.num_steps=1", "resume=true", "name=run",
+    f"plan.diffusion.validate_every_images={12 * BATCH}", "plan.diffusion.validation_images=8",
+    "sampling.num_steps=1", "trainer.trace=true", "resume=true", "name=run",
 )  # fmt: skip
-
-
-def has_option(name: str) -> bool:
-    """Whether the trainer has an option of that name."""
-    from models.stages.compute import TrainerOptions
-
-    return name in inspect.signature(TrainerOptions).parameters
 
 
 def write_data(folder: Path, samples: int = SAMPLES, shards: int = 3, side: int = 24, seed: int = 0) -> Path:
@@ -75,9 +67,10 @@ Steps = dict[tuple[str, int], dict[str, Any]]
 
 @dataclass
 class Broken:
-    """One run that is being broken: its place, and the logs of every attempt to run it."""
+    """One run that is being broken: its place, its length, and the logs of every attempt to run it."""
 
     place: Path
+    images: int
     words: tuple[str, ...] = ()
     attempts: int = 0
 
@@ -112,18 +105,18 @@ class Bench:
         out: the folder of everything.
         words: of the command line, besides `WORDS`.
         ranks: processes that train together.
+        steps: of the diffusion stage.
     """
 
-    def __init__(self, out: Path, words: Sequence[str] = (), ranks: int = 1) -> None:
+    def __init__(self, out: Path, words: Sequence[str] = (), ranks: int = 1, steps: int = STEPS) -> None:
         self.out = out
         self.ranks = ranks
+        self.images = steps * BATCH
         self.data = out / "data"
         if not self.data.exists():
             write_data(self.data)
-        self.words = (*WORDS, *words, f"data.shards={self.data}")
-        if has_option("trace"):
-            self.words += ("trainer.trace=true",)
-        self.whole = Broken(out / "whole")
+        self.words = (*WORDS, f"plan.diffusion.images={self.images}", *words, f"data.shards={self.data}")
+        self.whole = Broken(out / "whole", self.images)
         self.reference = Reference()
         self.seconds = 0.0
 
@@ -142,17 +135,17 @@ class Bench:
             figures=read_figures(self.whole.folder),
             steps={
                 rank: {(stage, row["images"]): row for stage, row in read_trace(self.whole.folder, rank)}
-                for rank in range(self.ranks if has_option("trace") else 0)
+                for rank in range(self.ranks)
             },
         )
-        wanted = {("diffusion", n) for n in range(BATCH, IMAGES + 1, BATCH)}
+        wanted = {("diffusion", n) for n in range(BATCH, self.images + 1, BATCH)}
         missing = wanted - self.reference.states.keys()
         if missing:
             raise RuntimeError(f"the uninterrupted run saved nothing at {sorted(missing)[:3]}")
 
     def place(self, name: str, words: Sequence[str] = (), with_autoencoder: bool = True) -> Broken:
         """A place for a run to be broken; its autoencoder is trained already where `with_autoencoder`."""
-        broken = Broken(self.out / name, tuple(words))
+        broken = Broken(self.out / name, self.images, tuple(words))
         broken.folder.mkdir(parents=True)
         if with_autoencoder:
             shutil.copytree(self.whole.folder / "autoencoder", broken.folder / "autoencoder")
@@ -299,7 +292,7 @@ def final_faults(broken: Broken, reference: Reference) -> list[str]:
     from models.checkpoint import newest
 
     found = []
-    for stage, images in (("autoencoder", 96), ("diffusion", IMAGES)):
+    for stage, images in (("autoencoder", 96), ("diffusion", broken.images)):
         checkpoint = newest(broken.checkpoints(stage))
         if checkpoint is None or checkpoint.images != images:
             found.append(f"{stage}: its last checkpoint is {checkpoint and checkpoint.folder.name}")

@@ -15,12 +15,13 @@ from typing import Any
 
 from scripts.faults.jobs import Jobs, Report
 from scripts.faults.kills import wait_for
-from scripts.faults.runs import BATCH, IMAGES, PATIENCE, Bench, tail
+from scripts.faults.runs import BATCH, PATIENCE, Bench, tail
 from scripts.faults.zygote import Trial, Zygote
 
-RANKS, WORKERS = (1, 2), (0, 1, 3)
-#: How often a schedule changes.
-SWITCHES = 3
+#: Ranks and workers of each, and in a short torture, whose kills have the workers.
+WAYS, FEW_WAYS = [(ranks, workers) for ranks in (1, 2) for workers in (0, 1, 3)], [(1, 0), (2, 0)]
+#: How often a schedule changes, and in a short torture.
+SWITCHES, FEW_SWITCHES = 3, 1
 GRACE = 60.0
 
 Order = tuple[str, ...]
@@ -35,7 +36,7 @@ def run_schedules(jobs: Jobs, bench: Bench, report: Report, schedules: int) -> d
         report: told of failures.
         schedules: how many.
     """
-    wanted = order_of(_Steps().add(bench.whole.folder, 1))
+    wanted = order_of(_Steps().add(bench.whole.folder, 1), bench.images)
     tasks: list[Callable[[Zygote], Order]] = [
         functools.partial(_schedule, bench, report, number, wanted) for number in range(schedules)
     ]
@@ -46,14 +47,14 @@ def run_schedules(jobs: Jobs, bench: Bench, report: Report, schedules: int) -> d
 def _schedule(bench: Bench, report: Report, number: int, wanted: Order, zygote: Zygote) -> Order:
     """The keys of one schedule in their order."""
     chance = report.random("schedules", number)
-    ways = [(ranks, workers) for ranks in RANKS for workers in WORKERS]
+    ways, switches = (FEW_WAYS, FEW_SWITCHES) if report.short else (WAYS, SWITCHES)
     # Every way begins a schedule before one does twice.
     way, broken, steps, told = ways[number % len(ways)], bench.place(f"schedule-{number:02d}"), _Steps(), []
-    for switch in range(SWITCHES + 1):
+    for switch in range(switches + 1):
         ranks, workers = way
         broken.words = (f"data.workers={workers}",)
         group = bench.start(zygote, broken, ranks)
-        stop = chance.choice((signal.SIGTERM, signal.SIGKILL)) if switch < SWITCHES else 0
+        stop = chance.choice((signal.SIGTERM, signal.SIGKILL)) if switch < switches else 0
         if stop:
             wait_for("step", group, broken, chance)
         code = _end(stop, group)
@@ -62,8 +63,9 @@ def _schedule(bench: Bench, report: Report, number: int, wanted: Order, zygote: 
             report.fail("schedules", f"{'; '.join(told)}: ended with {code}: {tail(group.said())}", group.log)
         steps.add(broken.folder, ranks)
         way = chance.choice([other for other in ways if other != way])
-    order = tuple(mine or key for mine, key in zip(order_of(steps), wanted, strict=False))
-    if order != wanted or len(order_of(steps)) != len(wanted):
+    read = order_of(steps, bench.images)
+    order = tuple(mine or key for mine, key in zip(read, wanted, strict=False))
+    if order != wanted or len(read) != len(wanted):
         report.fail("schedules", f"{'; '.join(told)}: other keys, or in another order", broken.place)
     return order
 
@@ -103,10 +105,10 @@ class _Steps:
         return self
 
 
-def order_of(steps: _Steps) -> Order:
+def order_of(steps: _Steps, images_of_run: int) -> Order:
     """All keys in the order of the global batches; "" for one that a killed rank did not write down."""
     order: list[str] = []
-    for images in range(0, IMAGES, BATCH):
+    for images in range(0, images_of_run, BATCH):
         parts = steps.keys.get(images, [])
         for part in parts:
             order += part if part is not None else [""] * (BATCH // len(parts))

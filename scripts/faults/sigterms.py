@@ -20,7 +20,7 @@ from typing import Any
 
 from scripts.faults.jobs import Jobs, Report
 from scripts.faults.kills import MOMENTS, wait_for
-from scripts.faults.runs import BATCH, IMAGES, PATIENCE, Bench, Broken, tail
+from scripts.faults.runs import BATCH, PATIENCE, Bench, Broken, tail
 from scripts.faults.zygote import Trial, Zygote
 
 #: Seconds in which every rank has to end after the signal.
@@ -44,8 +44,7 @@ def run_sigterms(jobs: Jobs, bench: Bench, report: Report, trials: int) -> dict[
     plans: list[tuple[str, tuple[int, ...]]] = [
         ("SIGTERM", subsets[number % len(subsets)]) for number in range(trials)
     ]
-    others = max(1, trials // 10)
-    for number in range(others):
+    for number in range(trials // 10):
         subset = subsets[number % len(subsets)]
         plans += [("SIGINT", subset), ("SIGUSR1", subset), ("twice", subset)]
     report.random("signals").shuffle(plans)
@@ -128,7 +127,9 @@ def _signal(
         report.fail("sigterms", f"{label}: it still runs after {GRACE:.0f} s", group.log)
         return
     # A run that was at its very end may end as if nothing had happened; one that had not begun just dies.
-    allowed = {EXIT[number]} | ({0} if seen >= IMAGES else set()) | (set() if group.said() else {-number})
+    allowed = (
+        {EXIT[number]} | ({0} if seen >= broken.images else set()) | (set() if group.said() else {-number})
+    )
     if code not in allowed:
         counted["wrong_exit"] += 1
         report.fail("sigterms", f"{label}: it ended with {code}: {tail(group.said())}", group.log)

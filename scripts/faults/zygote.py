@@ -9,11 +9,13 @@ Use: `with Zygote(folder) as zygote: trial = zygote.start("train", words, cwd, l
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +102,7 @@ class Zygote:
             )  # fmt: skip
         self._log = log
         self._ready = False
+        self._asking = threading.Lock()
 
     def __enter__(self) -> "Zygote":
         return self
@@ -108,18 +111,19 @@ class Zygote:
         self.close()
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends one line and returns the answer; RuntimeError if the zygote is gone."""
+        """Sends one line and returns the answer, from any thread; RuntimeError if the zygote is gone."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
-        if not self._ready:  # the first answer comes when everything is imported
-            self._ready = bool(stdout.readline())
-        try:
-            stdin.write(json.dumps(question) + "\n")
-            stdin.flush()
-            answer = stdout.readline()
-        except OSError:
-            answer = ""
+        with self._asking:
+            if not self._ready:  # the first answer comes when everything is imported
+                self._ready = bool(stdout.readline())
+            try:
+                stdin.write(json.dumps(question) + "\n")
+                stdin.flush()
+                answer = stdout.readline()
+            except (OSError, ValueError):  # ValueError: it was closed
+                answer = ""
         if not answer:
             raise RuntimeError(f"a zygote ended by itself; see {self._log}")
         return dict(json.loads(answer))
@@ -162,23 +166,58 @@ class Zygote:
 def children() -> dict[str, Callable[[list[str]], None]]:
     """What a trial can be: name -> function of its words, which ends by returning or by SystemExit."""
     from scripts.faults.flips import damage
+    from scripts.faults.resume import tell_measured
     from scripts.faults.saves import save_once
 
-    return {"train": train, "ranks": launch_ranks, "save": save_once, "damage": damage}
+    return {
+        "train": train, "ranks": launch_ranks, "save": _brief(save_once), "damage": _brief(damage),
+        "resume": _brief(tell_measured),
+    }  # fmt: skip
+
+
+def _brief(work: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """`work`, then the end of the process at once: taking all modules down takes longer than the work."""
+
+    def run(words: list[str]) -> None:
+        code: Any = 0
+        try:
+            work(words)
+        except SystemExit as stop:
+            code = stop.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    return run
 
 
 def train(words: list[str]) -> None:
-    """Is `python train.py WORDS`, and notes every checkpoint in `$TORTURE_SAVED`."""
+    """Is `python train.py WORDS`, and notes every checkpoint in `$TORTURE_SAVED`.
+
+    Only the preflight's probe is shorter, which takes as long as many steps and is not what is broken here.
+    """
     import train as program
     from conf.cli import main
+    from models.stages import preflight
 
     saved = os.environ.get("TORTURE_SAVED")
     if saved:
         record_saves(Path(saved))
+    preflight.seconds_a_call = _seconds_of_one
     script = str(PROJECT / "train.py")
     sys.argv = [script, *words]
     sys.orig_argv = [sys.executable, *sys.argv]  # what ranks are started with
     main("train", program.train)
+
+
+def _seconds_of_one(call: Callable[[], object], device: Any, budget: float = 0.0) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def launch_ranks(words: list[str]) -> None:
@@ -300,15 +339,18 @@ def preload() -> None:
     import models.stages.autoencoder
     import models.stages.diffusion
     import models.stages.fit
-    from models.text_encoder import TextEncoder
+    from models.text_encoder import Tokenizer
 
-    assert all((conf.cli, data.datamodule, evaluation.report, models.checkpoint_writer, TextEncoder))
+    Tokenizer(context_length=12)(["its table is read once"])
+    assert all((conf.cli, data.datamodule, evaluation.report, models.checkpoint_writer))
 
 
 def serve() -> None:
     """Answers requests until its input ends; a forked child leaves by what it runs."""
     preload()
     known, living = children(), set[int]()
+    gc.collect()
+    gc.freeze()  # what all children share is looked through in none of them
     _tell({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task"))})
     while line := sys.stdin.readline():
         request = json.loads(line)

@@ -11,11 +11,14 @@ import pytest
 
 SCRIPT = """
 import os, signal, sys, time
+import torch
 from torch.utils.data import Dataset
 from data.loader import Loader, WorkerError
 
 class Numbers(Dataset):
     def __getitem__(self, index):
+        if what == "busy":  # tensors of shared memory, whose handing over breaks in the middle
+            return torch.full((3, 16, 16), index)
         if index == 30:
             time.sleep(1e6)
         return os.getpid() if index >= 0 else index
@@ -23,8 +26,21 @@ class Numbers(Dataset):
 def first(items):
     return items[0]
 
-if __name__ == "__main__":
-    what = sys.argv[1]
+what = sys.argv[1]
+if __name__ == "__main__" and what == "busy":
+    for number in range(5):
+        loader = Loader(Numbers(), [[i] for i in range(100_000)], first, 1, timeout=60.0)
+        batches = iter(loader)
+        for _ in range(3 + 5 * number):
+            next(batches)
+        (worker,) = loader.processes
+        os.kill(worker.pid, signal.SIGKILL)
+        try:
+            sum(1 for _ in batches)
+        except WorkerError as error:
+            print(f"worker {worker.pid} was killed by SIGKILL" in str(error), flush=True)
+        loader.kill()
+elif __name__ == "__main__":
     stop = 60 if what == "hang" else 24
     loader = Loader(Numbers(), [[i] for i in range(stop)], first, 2, timeout=2.0)
     assert len(loader) == stop
@@ -90,6 +106,18 @@ class TestWorkers:
         assert "lower data.workers" in text
         assert "resume=true" in text
         assert all(ended(pid) for pid in pids)
+
+    def test_a_worker_killed_while_it_hands_over_is_named_too(self, tmp_path: Path) -> None:
+        """The pipe breaks before the worker's exit is known: the error of the pipe says nothing of it."""
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT)
+        root = str(Path(__file__).resolve().parents[2])
+        done = subprocess.run(
+            [sys.executable, str(script), "busy"],
+            env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.stdout.split() == ["True"] * 5, done.stderr
 
     def test_a_stuck_worker_is_named_and_shows_its_stack(self, tmp_path: Path) -> None:
         pids, text, log = run(tmp_path, "hang")

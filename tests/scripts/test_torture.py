@@ -12,17 +12,19 @@ from models.checkpoint import newest, save_checkpoint
 from scripts.faults import saves
 from scripts.faults.flips import Target, cut_file, flip_bit, look, targets
 from scripts.faults.runs import (
+    Broken,
     Reference,
     Steps,
     figure_faults,
+    final_faults,
     lost_and_twice,
     read_figures,
     saved_states,
     state_faults,
     trace_faults,
 )
-from scripts.faults.schedules import BATCH, IMAGES, _Steps, order_of
-from scripts.torture import WANTED, main
+from scripts.faults.schedules import BATCH, _Steps, order_of
+from scripts.torture import KINDS, WANTED, Torture, main
 
 STEPS: Steps = {
     ("diffusion", n): {"images": n, "keys": [f"k{n}", f"l{n}"], "loss": float(n).hex()}
@@ -43,6 +45,51 @@ def test_a_short_run_of_everything_is_well(tmp_path: Path, capsys: Any) -> None:
     assert (figures["silent"], figures["hangs"], figures["without_checkpoint"]) == (0, 0, 0)
     assert figures["detected"] > figures["harmless"] > 0
     assert figures["saved"] == figures["sigterms"] > 0
+
+
+class _NoJobs:
+    """Stands for the zygote where no trial is started."""
+
+    count = 1
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> "_NoJobs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _told(torture: Torture, silent: int, failure: str) -> dict[str, int]:
+    if failure:
+        torture.report.fail("flips", failure)
+    return {"silent": silent, "untidy": 0}
+
+
+@pytest.mark.parametrize(
+    ("silent", "failure", "code"),
+    [(0, "", 0), (1, "", 1), (0, "bit 3 of byte 7 was read otherwise", 1)],
+)
+def test_one_planted_fault_fails_the_command(
+    silent: int, failure: str, code: int, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.torture.Jobs", _NoJobs)
+    monkeypatch.setitem(KINDS, "flips", lambda torture, count: _told(torture, silent, failure))
+    assert main(["--only", "flips", "--seed", "4", "--out", str(tmp_path / "out")]) == code
+    said = capsys.readouterr().out
+    assert json.loads(said.splitlines()[-1])["silent"] == silent
+    assert ("not as wanted: silent" in said) is bool(silent)
+    if failure:
+        assert f"FAILED flips: {failure}; repeat: python scripts/torture.py --only flips --seed 4" in said
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_every_figure_can_be_unwanted(name: str) -> None:
+    well = dict.fromkeys(WANTED, 0) | {"kills": 4, "identical": 4, "key_orders": 1, "sigterms": 2, "saved": 2}
+    assert WANTED[name](well)
+    assert not WANTED[name](well | {name: {"resume_seconds": 5.1}.get(name, 3)})
 
 
 @pytest.mark.parametrize("words", [["--only", "fleas"], ["--kills", "0"], ["--seed", "x"]])
@@ -113,6 +160,21 @@ def test_other_states_and_figures_are_found(tmp_path: Path) -> None:
     assert "no line at ('diffusion', 8)" in figure_faults(tmp_path, reference, finished=True)[0]
 
 
+def test_another_last_state_is_found(tmp_path: Path) -> None:
+    broken, reference = Broken(tmp_path, 16), Reference()
+    for stage, images in (("autoencoder", 96), ("diffusion", 16)):
+        folder = save_checkpoint(broken.checkpoints(stage), images, *saves.content(images))
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        hashes = tuple(files[f"{name}.safetensors"]["sha256"] for name in ("weights", "ema", "optimizer"))
+        reference.states[stage, images] = hashes
+    assert final_faults(broken, reference) == []
+    wanted = reference.states["diffusion", 16]
+    reference.states["diffusion", 16] = (*wanted[:2], "0" * 64)
+    assert final_faults(broken, reference) == ["diffusion: its last state differs"]
+    flip_bit(folder / "ema.safetensors", 300, 2)
+    assert final_faults(broken, reference) == ["diffusion: its last checkpoint is None"]
+
+
 def test_the_order_of_a_schedule_is_that_of_the_last_attempts(tmp_path: Path) -> None:
     folder = tmp_path / "diffusion"
     folder.mkdir()
@@ -125,16 +187,17 @@ def test_the_order_of_a_schedule_is_that_of_the_last_attempts(tmp_path: Path) ->
                     keys = [f"{key}{images + rank * share + k}" for k in range(share)]
                     file.write(json.dumps({"images": images, "keys": keys}) + "\n")
 
+    whole = 20 * BATCH
     steps = _Steps()
     attempt(0, 80, 1)
     steps.add(tmp_path, 1)
     attempt(40, 120, 2)
     steps.add(tmp_path, 2)
-    attempt(120, IMAGES, 1)
+    attempt(120, whole, 1)
     steps.add(tmp_path, 1)
-    assert order_of(steps) == tuple(str(k) for k in range(IMAGES))
-    attempt(IMAGES - BATCH, IMAGES, 1, "x")
-    assert order_of(steps.add(tmp_path, 1))[-1] == f"x{IMAGES - 1}"
+    assert order_of(steps, whole) == tuple(str(k) for k in range(whole))
+    attempt(whole - BATCH, whole, 1, "x")
+    assert order_of(steps.add(tmp_path, 1), whole)[-1] == f"x{whole - 1}"
 
 
 # --- flips: what reading says about damage ------------------------------------------------------------------

@@ -42,6 +42,23 @@ def test_a_held_lock_says_by_whom_and_a_dead_one_is_free(tmp_path: Path) -> None
     assert (tmp_path / LOCK).read_text() == ""
 
 
+def test_who_holds_it_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
+    parent = tmp_path / "diffusion" / "checkpoints"
+    for name in (".images-000000000008.old.part", ".images-000000000016.0a1b2c3d.part"):
+        (parent / name).mkdir(parents=True)
+        (parent / name / "weights.safetensors").write_bytes(b"half")
+    (parent / ".best.json.part").write_text("{")
+    (parent / "images-000000000016").mkdir()
+    (parent / "notes.part").mkdir()
+    with run_lock(tmp_path, [1]):
+        assert sorted(path.name for path in parent.iterdir()) == ["images-000000000016", "notes.part"]
+        staged = parent / ".images-000000000024.11111111.part"
+        staged.mkdir()
+        with pytest.raises(LockError), run_lock(tmp_path, [2]):
+            pass
+        assert staged.is_dir()  # it belongs to whoever holds the lock
+
+
 def test_a_lock_whose_content_is_damaged_is_still_one(tmp_path: Path) -> None:
     with run_lock(tmp_path, [1]):
         (tmp_path / LOCK).write_text("{")
