@@ -15,19 +15,31 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+import torch
+
 from models.autoencoder import Autoencoder
-from models.diffusion.objective import (
+from models.diffusion.grids import karras_grid, log_snr_grid, sgm_uniform_grid, uniform_grid, warped_grid
+from models.diffusion.guidance import Guidance
+from models.diffusion.objective import Objective
+from models.diffusion.parameterizations import EDM, Clean, Flow, Noise, Parameterization, Velocity
+from models.diffusion.samplers import Grid, Sampler, ancestral, euler, multistep
+from models.diffusion.schedules import CosineSchedule, EDMSchedule, FlowSchedule, LinearSchedule, Schedule
+from models.diffusion.solvers import dpmpp_2m, dpmpp_2m_sde, edm_stochastic, heun, unipc
+from models.diffusion.times import (
     LogitNormalTimes,
-    MinSNRWeighting,
-    Objective,
+    LogNormalSigmaTimes,
+    ModeTimes,
     TimeDistribution,
+    UniformLogSNRTimes,
     UniformTimes,
+)
+from models.diffusion.weightings import (
+    EDMWeighting,
+    MinSNRWeighting,
+    SigmoidWeighting,
     UnitWeighting,
     Weighting,
 )
-from models.diffusion.parameterizations import EDM, Clean, Flow, Noise, Parameterization, Velocity
-from models.diffusion.samplers import euler, log_snr_grid, multistep, uniform_grid
-from models.diffusion.schedules import CosineSchedule, EDMSchedule, FlowSchedule, Schedule
 from models.text_encoder import OpenClipTextEncoder, TextTransformer
 from models.unet import UNet
 
@@ -39,14 +51,59 @@ REGISTRY: dict[str, dict[str, Part]] = {
     "text_encoder": {"transformer": TextTransformer, "open_clip": OpenClipTextEncoder},
     "backbone": {"unet": UNet},
     "objective": {"diffusion": Objective},
-    "objective/schedule": {"flow": FlowSchedule, "cosine": CosineSchedule, "edm": EDMSchedule},
+    "objective/schedule": {
+        "flow": FlowSchedule,
+        "cosine": CosineSchedule,
+        "edm": EDMSchedule,
+        "linear": LinearSchedule,
+    },
     "objective/parameterization": {"flow": Flow, "v": Velocity, "eps": Noise, "x0": Clean, "edm": EDM},
-    "objective/weighting": {"unit": UnitWeighting, "min_snr": MinSNRWeighting},
-    "objective/times": {"logit_normal": LogitNormalTimes, "uniform": UniformTimes},
-    "sampler": {"multistep": multistep, "euler": euler},
-    "grid": {"uniform": uniform_grid, "log_snr": log_snr_grid},
+    "objective/weighting": {
+        "unit": UnitWeighting,
+        "min_snr": MinSNRWeighting,
+        "edm": EDMWeighting,
+        "sigmoid": SigmoidWeighting,
+    },
+    "objective/times": {
+        "logit_normal": LogitNormalTimes,
+        "uniform": UniformTimes,
+        "mode": ModeTimes,
+        "log_normal_sigma": LogNormalSigmaTimes,
+        "uniform_log_snr": UniformLogSNRTimes,
+    },
+    "sampler": {
+        "multistep": multistep,
+        "euler": euler,
+        "ancestral": ancestral,
+        "heun": heun,
+        "dpmpp_2m": dpmpp_2m,
+        "dpmpp_2m_sde": dpmpp_2m_sde,
+        "unipc": unipc,
+        "edm_stochastic": edm_stochastic,
+    },
+    "guidance": {"refined": Guidance},
+    "grid": {
+        "uniform": uniform_grid,
+        "log_snr": log_snr_grid,
+        "karras": karras_grid,
+        "sgm_uniform": sgm_uniform_grid,
+        "warped": warped_grid,
+    },
 }
 
+
+def _try_sampler(sampler: Sampler) -> None:
+    times = torch.tensor([0.8, 0.4, 0.0], device="cpu")
+    x = torch.zeros(1, 1, 1, 1, device="cpu")
+    sampler(lambda x_t, t: x_t, FlowSchedule(), x, times, lambda number: x, None)
+
+
+def _try_grid(grid: Grid) -> None:
+    grid(FlowSchedule(), 2)
+
+
+#: Functions find options out of range only when they are called, so `build` calls them once, on nothing.
+_TRIALS: dict[str, Callable[[Any], None]] = {"sampler": _try_sampler, "grid": _try_grid}
 #: So many known words may be listed in a message.
 _FEW = 12
 _INTERFACES: tuple[type, ...] = (Schedule, Parameterization, Weighting, TimeDistribution)
@@ -107,7 +164,13 @@ def build(group: str, config: Mapping[str, Any], **given: Any) -> Any:
         for child in children(part)
     }
     plain = {key: value for key, value in config.items() if key != "name" and key not in nested}
-    return construct(group, part, plain, **nested, **given)
+    built = construct(group, part, plain, **nested, **given)
+    if group in _TRIALS:
+        try:
+            _TRIALS[group](built)
+        except ValueError as error:
+            raise ConfigError(f"{group}: {error}") from None
+    return built
 
 
 def construct(label: str, part: Part, config: Mapping[str, Any], **given: Any) -> Any:

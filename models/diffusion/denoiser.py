@@ -30,5 +30,6 @@ class Denoiser:
         """`x0_hat`, float32 `[B C h w]`, for noisy latents at times `t` `[B]`, `t > 0`."""
         at = self.schedule(t)
         x_in = expand(self.parameterization.c_in(at), x_t) * x_t
-        output = self.backbone(x_in, self.parameterization.c_noise(t, at), conditioning).float()
+        c_noise = self.parameterization.c_noise(self.schedule.timestep(t), at)
+        output = self.backbone(x_in, c_noise, conditioning).float()
         return self.parameterization.clean(x_t, output, at)

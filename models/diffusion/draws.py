@@ -13,6 +13,7 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
+_PARTS = 2**24
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -26,6 +27,8 @@ class Purpose(IntEnum):
     POSTERIOR = 3
     CONDITIONING_DROPOUT = 4
     INITIAL_NOISE = 5
+    STEP_NOISE = 6
+    VARIATION_NOISE = 7
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +62,14 @@ class Draws:
         self.seed = seed
         self.indices = indices.long()
 
-    def _bits(self, purpose: Purpose, blocks: int) -> tuple[Tensor, ...]:
+    def _bits(self, purpose: Purpose, blocks: int, part: int = 0) -> tuple[Tensor, ...]:
+        if not 0 <= part < _PARTS:
+            raise ValueError(f"part is {part}, but must be at least 0 and below {_PARTS}: number them from 0")
         index = self.indices[:, None]
         block = torch.arange(blocks, device=index.device)[None, :]
-        counter = (index & _MASK, (index >> 32) & _MASK, block, torch.full_like(block, int(purpose)))
+        # Purposes stay below 2**8, so that no part of one meets a part of another.
+        last = torch.full_like(block, int(purpose) + (part << 8))
+        counter = (index & _MASK, (index >> 32) & _MASK, block, last)
         return philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))
 
     def uniform(self, purpose: Purpose) -> Tensor:
@@ -79,11 +86,17 @@ class Draws:
         place = torch.remainder(start + self.indices.double() * _GOLDEN, 1.0)
         return place.float().clamp(2**-24, 1 - 2**-24)
 
-    def normal(self, purpose: Purpose, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, float32 `[B, *shape]` (Box and Muller 1958)."""
+    def normal(self, purpose: Purpose, shape: torch.Size | tuple[int, ...], part: int = 0) -> Tensor:
+        """Standard normal numbers, float32 `[B, *shape]` (Box and Muller 1958).
+
+        Args:
+            purpose: what they are for.
+            shape: of one sample.
+            part: which of a purpose's many independent draws, such as the step of a sampler; below 2**24.
+        """
         count = math.prod(shape)
         blocks = -(-count // 4)
-        b0, b1, b2, b3 = self._bits(purpose, blocks)
+        b0, b1, b2, b3 = self._bits(purpose, blocks, part)
         radius = torch.stack((b0, b2), -1).add_(1).float().div_(2**32).clamp_(max=1).log_().mul_(-2).sqrt_()
         angle = torch.stack((b1, b3), -1).float().mul_(2 * math.pi / 2**32)
         pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)

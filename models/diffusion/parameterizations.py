@@ -31,9 +31,9 @@ class Parameterization(ABC):
         """Factor `[B]` on `x_t` before the backbone sees it."""
         return torch.ones_like(at.sigma)
 
-    def c_noise(self, t: Tensor, at: Coefficients) -> Tensor:
-        """What the backbone's time embedding sees, `[B]`, about 0 to 1000 as in Stable Diffusion."""
-        return 1000 * t
+    def c_noise(self, timestep: Tensor, at: Coefficients) -> Tensor:
+        """What the backbone's time embedding sees, `[B]`: the schedule's `timestep`, about 0 to 1000."""
+        return timestep
 
     def check(self, schedule: Schedule) -> None:
         """Raises ValueError where this parameterization cannot be inverted on `schedule`."""
@@ -57,7 +57,7 @@ class Noise(Parameterization):
             raise ValueError(
                 f"parameterization 'eps' cannot be used with {type(schedule).__name__}: at t = 1 its alpha "
                 "is 0 and the noise says nothing about the image; use parameterization=v or flow, or "
-                "schedule=edm"
+                "schedule=edm or linear"
             )
 
 
@@ -107,12 +107,12 @@ class EDM(Parameterization):
     def c_in(self, at: Coefficients) -> Tensor:
         return 1 / self._norm(at.sigma)
 
-    def c_noise(self, t: Tensor, at: Coefficients) -> Tensor:
+    def c_noise(self, timestep: Tensor, at: Coefficients) -> Tensor:
         # ln(sigma)/4 in the paper; times 1000 because the time embedding is Stable Diffusion's.
         return 250 * at.sigma.clamp(min=1e-4).log()
 
     def check(self, schedule: Schedule) -> None:
-        if schedule.reaches_pure_noise:
+        if float(schedule(torch.ones(1)).alpha) != 1:
             raise ValueError(
                 f"parameterization 'edm' needs alpha = 1, which {type(schedule).__name__} does not have; "
                 "use schedule=edm"

@@ -1,13 +1,19 @@
-"""Samplers: plain functions that integrate noise to data, and the grids of times they walk.
+"""Samplers: plain functions that integrate noise to data. Here the one step and the simplest walks over it.
 
 Along the probability-flow ODE, `d(x/sigma) = D d(alpha/sigma)` with `D` the denoised latents, so one step is
 exact where `D` is constant:
 
     x_s = (sigma_s/sigma_t) x_t + (alpha_s - alpha_t sigma_s/sigma_t) D
 
-A sampler chooses only `D`. Nothing divides by `alpha`, which is 0 at `t = 1` for flow and cosine schedules.
+A sampler chooses only `D`. Nothing divides by `alpha_t`, which is 0 at `t = 1` for flow and cosine schedules.
+A stochastic sampler takes the same step to less noise than `sigma_s` and adds the rest anew. Solvers that
+look further than one call are in `solvers.py`, the times they walk in `grids.py`.
+
+Coefficients are float64 numbers on the CPU, so that nothing in a step depends on the batch or the device; the
+latents keep their own dtype. A function's parameters with a default are its configuration.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,8 +24,10 @@ from models.diffusion.schedules import Coefficients, Schedule
 
 #: Told after every step: `(step number from 1, x [B C h w], x0_hat [B C h w])`.
 Callback = Callable[[int, Tensor, Tensor], None]
+#: Number of a draw, from 0 -> its standard normal numbers, like `x`; deterministic samplers never ask.
+StepNoise = Callable[[int], Tensor]
 #: What every sampler is.
-Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, Callback | None], Tensor]
+Sampler = Callable[[Denoise, Schedule, Tensor, Tensor, StepNoise, Callback | None], Tensor]
 #: What every grid is: `(schedule, num_steps) -> times [N+1]`, falling from 1 to 0.
 Grid = Callable[[Schedule, int], Tensor]
 
@@ -34,8 +42,30 @@ def step(x_t: Tensor, x0: Tensor, now: Coefficients, then: Coefficients) -> Tens
     return ratio * x_t + (then.alpha - now.alpha * ratio) * x0
 
 
+def noisy_step(
+    x_t: Tensor, x0: Tensor, now: Coefficients, then: Coefficients, eta: float, draw: Callable[[], Tensor]
+) -> Tensor:
+    """As `step`, with the share `eta` of the DDPM posterior's deviation drawn anew.
+
+    Song et al. 2020 (arXiv 2010.02502, eq. 16), written for any schedule: with `q = (alpha_t sigma_s) /
+    (alpha_s sigma_t)`, the new noise has variance `eta^2 sigma_s^2 (1 - q^2)` and what is kept has the rest
+    of `sigma_s^2`. `eta` 0 is `step` to the bit; 1 is the exact posterior where `x0` is certain.
+    """
+    q = float(now.alpha * then.sigma / (then.alpha * now.sigma))
+    fresh = eta**2 * (1 - q**2)
+    x = step(x_t, x0, now, Coefficients(then.alpha, then.sigma * math.sqrt(1 - fresh)))
+    if fresh == 0 or then.sigma == 0:
+        return x
+    return x + then.sigma * math.sqrt(fresh) * draw()
+
+
 def euler(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, callback: Callback | None
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    step_noise: StepNoise,
+    callback: Callback | None,
 ) -> Tensor:
     """Clean latents `[B C h w]` from noise `x`; first order, one denoiser call a step.
 
@@ -43,14 +73,50 @@ def euler(
         denoise: `(x_t, t) -> x0_hat`.
         schedule: of the denoiser.
         x: latents at `times[0]`, `[B C h w]`.
-        times: falling grid `[N+1]`.
+        times: falling grid `[N+1]`, on the CPU.
+        step_noise: new noise by number.
         callback: told after every step.
     """
-    return _integrate(denoise, schedule, x, times, callback, lambda i, x0, before: x0)
+    return integrate(denoise, schedule, x, times, step_noise, callback, lambda i, x0, before: x0, 0.0)
+
+
+def ancestral(
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    step_noise: StepNoise,
+    callback: Callback | None,
+    eta: float = 1.0,
+) -> Tensor:
+    """As `euler`, with new noise in every step: DDPM's ancestral sampler (Ho et al. 2020, arXiv 2006.11239).
+
+    On the EDM schedule it is the "Euler ancestral" of k-diffusion. Needs more steps than `euler`, and
+    forgives errors of earlier steps.
+
+    Args:
+        denoise: as for `euler`, like all others.
+        schedule: of the denoiser.
+        x: latents at `times[0]`.
+        times: falling grid.
+        step_noise: new noise by number.
+        callback: told after every step.
+        eta: 1 = DDPM, 0 = `euler`, in between as DDIM's.
+
+    Raises:
+        ValueError: `eta` is outside [0, 1].
+    """
+    check_eta(eta)
+    return integrate(denoise, schedule, x, times, step_noise, callback, lambda i, x0, before: x0, eta)
 
 
 def multistep(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, callback: Callback | None
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Tensor,
+    times: Tensor,
+    step_noise: StepNoise,
+    callback: Callback | None,
 ) -> Tensor:
     """As `euler`, second order at the same cost: `D` is extrapolated from the last two denoiser calls.
 
@@ -73,36 +139,48 @@ def multistep(
     def extrapolate(i: int, x0: Tensor, before: Tensor | None) -> Tensor:
         return x0 if before is None else x0 + ahead[i - 1] * (x0 - before)
 
-    return _integrate(denoise, schedule, x, times, callback, extrapolate)
+    return integrate(denoise, schedule, x, times, step_noise, callback, extrapolate, 0.0)
 
 
-def _integrate(
+def integrate(
     denoise: Denoise,
     schedule: Schedule,
     x: Tensor,
     times: Tensor,
+    step_noise: StepNoise,
     callback: Callback | None,
     choose: Callable[[int, Tensor, Tensor | None], Tensor],
+    eta: float,
 ) -> Tensor:
-    """Walks the grid; `choose(i, x0, x0 of the step before)` is the `D` of step i."""
-    alphas, sigmas = schedule(times)
+    """Walks the grid with `noisy_step`; `choose(i, x0, x0 of the step before)` is the `D` of step i."""
+    at = points(schedule, times)
     before = None
     for i in range(len(times) - 1):
-        x0 = denoise(x, times[i].to(x.device).expand(len(x)))
-        now, then = Coefficients(alphas[i], sigmas[i]), Coefficients(alphas[i + 1], sigmas[i + 1])
-        x = step(x, choose(i, x0, before), now, then)
+        x0 = denoise(x, same_time(times[i], x))
+        draw = _like(x, step_noise, i)
+        x = noisy_step(x, choose(i, x0, before), at[i], at[i + 1], eta, draw)
         before = x0
         if callback is not None:
             callback(i + 1, x, x0)
     return x
 
 
-def uniform_grid(schedule: Schedule, num_steps: int) -> Tensor:
-    """Times `[N+1]` uniform in `t`, from 1 to 0."""
-    return torch.linspace(1, 0, num_steps + 1)
+def points(schedule: Schedule, times: Tensor) -> list[Coefficients]:
+    """The coefficients at each of `times` `[N+1]`, as float64 scalars on the CPU."""
+    alphas, sigmas = (c.double() for c in schedule(times.cpu()))
+    return [Coefficients(alpha, sigma) for alpha, sigma in zip(alphas, sigmas, strict=True)]
 
 
-def log_snr_grid(schedule: Schedule, num_steps: int, lowest: float = -9.0, highest: float = 9.0) -> Tensor:
-    """Times `[N+1]` uniform in log-SNR between `lowest` and `highest`, whose ends are moved to 1 and 0."""
-    inner = schedule.time_at(torch.linspace(lowest, highest, num_steps + 1)[1:-1])
-    return torch.cat((torch.ones(1), inner.clamp(0, 1), torch.zeros(1)))
+def same_time(time: Tensor, x: Tensor) -> Tensor:
+    """The scalar `time` for every sample of `x`, `[B]` on its device."""
+    return time.to(x.device).expand(len(x))
+
+
+def check_eta(eta: float) -> None:
+    """Raises ValueError where `eta` is no share of new noise."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, but must be from 0 (no new noise) to 1 (as much as DDPM)")
+
+
+def _like(x: Tensor, step_noise: StepNoise, number: int) -> Callable[[], Tensor]:
+    return lambda: step_noise(number).to(x)

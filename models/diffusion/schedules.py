@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Timesteps of the discrete models that `LinearSchedule` makes continuous.
+_TIMESTEPS = 1000
+
 
 class Coefficients(NamedTuple):
     """Signal and noise coefficient, each float32 `[B]`."""
@@ -34,6 +37,10 @@ class Schedule(ABC):
     @abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
         """The `t` whose `2 * log(alpha / sigma)` is `log_snr` (any shape)."""
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What a backbone's time embedding is told, `[B]`, 0 to about 1000 as in Stable Diffusion."""
+        return 1000 * t
 
     def log_snr(self, t: Tensor) -> Tensor:
         """`2 * log(alpha / sigma)` at `t`; infinite at the ends where a coefficient is 0."""
@@ -117,6 +124,83 @@ class EDMSchedule(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         return (torch.exp(-log_snr.float() / 2) / self.sigma_max) ** (1 / self.rho)
+
+
+class LinearSchedule(Schedule):
+    """The variance-preserving schedule of Stable Diffusion and DDPM: 1,000 betas on a line, made continuous.
+
+    Ho et al. 2020 (arXiv 2006.11239); `scaled` puts the square roots of the betas on the line, as Stable
+    Diffusion does (Rombach et al. 2022, arXiv 2112.10752). Timestep k = 0..999 of such a model is `t = (k +
+    1) / 1000` (`discrete_time`), and its time embedding is told exactly k there (`timestep`). Between
+    timesteps the log-SNR is linear in `t`; below the first one `(sigma/alpha)**2` is, down to exactly clean
+    data at `t = 0`; above the last but one of a zero-terminal schedule `alpha/sigma` is, down to 0.
+
+    Args:
+        beta_start: first beta, above 0.
+        beta_end: last beta, from `beta_start` to below 1.
+        scaled: the betas' square roots are evenly spaced; else the betas.
+        zero_terminal: shift and stretch `alpha` so that it is 0 at `t = 1` (Lin et al. 2023, arXiv
+            2305.08891, algorithm 1); needs a parameterization other than eps.
+    """
+
+    def __init__(
+        self,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        scaled: bool = True,
+        zero_terminal: bool = False,
+    ) -> None:
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(
+                f"beta_start and beta_end are {beta_start} and {beta_end}, but must rise within (0, 1); "
+                "Stable Diffusion's are 0.00085 and 0.012"
+            )
+        power = 2.0 if scaled else 1.0
+        ends = (beta_start ** (1 / power), beta_end ** (1 / power))
+        betas = torch.linspace(*ends, _TIMESTEPS, dtype=torch.float64, device="cpu") ** power
+        alpha = (1 - betas).cumprod(0).sqrt()
+        if zero_terminal:
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        self.zero_terminal = zero_terminal
+        #: log-SNR at the timesteps, float32 [1000]; the last is -inf on a zero-terminal schedule.
+        self.table = (alpha**2 / (1 - alpha**2)).log().float()
+
+    @property
+    def reaches_pure_noise(self) -> bool:
+        return self.zero_terminal
+
+    @staticmethod
+    def discrete_time(timestep: Tensor) -> Tensor:
+        """The `t` of discrete timesteps 0..999 (any shape), float32."""
+        return ((timestep.double() + 1) / _TIMESTEPS).float()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """`1000 t - 1`, at least 0: exactly k at `discrete_time(k)`."""
+        # Rounded to 2**-10, far below what an embedding can tell, as 1000 * float32(0.123) is not 123.
+        return ((_TIMESTEPS * t.float() - 1) * 1024).round().clamp(min=0) / 1024
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        t = t.float()
+        table = self.table.to(t.device)
+        place = _TIMESTEPS * t - 1
+        below = place.floor().clamp(0, _TIMESTEPS - 2).long()
+        share = place - below
+        low, high = table[below], table[below + 1]
+        ending = low + 2 * torch.log1p(-share.clamp(max=1))
+        log_snr = torch.where(high == -math.inf, ending, low + share * (high - low))
+        log_snr = torch.where(place < 0, table[0] - torch.log(_TIMESTEPS * t), log_snr)
+        return Coefficients(torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt())
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        log_snr = log_snr.float()
+        table = self.table.to(log_snr.device)
+        below = torch.searchsorted(-table, -log_snr, right=True).sub(1).clamp(0, _TIMESTEPS - 2)
+        low, high = table[below], table[below + 1]
+        share = torch.where(
+            high == -math.inf, -torch.expm1((log_snr - low) / 2), (log_snr - low) / (high - low)
+        )
+        t = (below + 1 + share.clamp(0, 1)) / _TIMESTEPS
+        return torch.where(log_snr > table[0], torch.exp(table[0] - log_snr) / _TIMESTEPS, t)
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:

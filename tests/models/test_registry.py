@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from models.autoencoder import Autoencoder
-from models.diffusion.objective import MinSNRWeighting, Objective
+from models.diffusion.guidance import Guidance
+from models.diffusion.objective import Objective
 from models.diffusion.schedules import CosineSchedule
+from models.diffusion.weightings import MinSNRWeighting
 from models.registry import REGISTRY, ConfigError, build, children, construct, did_you_mean, options
 from models.stages.compute import Precision, TrainerOptions
 from models.stages.logs import WandbLog
@@ -53,6 +55,38 @@ def test_a_function_keeps_its_options() -> None:
     assert not torch.allclose(narrow, wide)
 
 
+@pytest.mark.parametrize(
+    ("group", "config", "said"),
+    [
+        ("sampler", {"name": "ancestral", "eta": 2}, "sampler: eta is 2.0, but must be from 0"),
+        ("sampler", {"name": "edm_stochastic", "churn": -1}, "sampler: churn -1.0"),
+        ("sampler", {"name": "euler", "eta": 0.5}, "sampler: there is no key 'eta'"),
+        ("grid", {"name": "karras", "rho": 0}, "grid: sigma_min 0.002, sigma_max 80.0, rho 0.0: all must be"),
+        ("grid", {"name": "warped", "a": -1}, "grid: a and b are -1.0 and 1.4, but must be positive"),
+    ],
+)  # fmt: skip
+def test_options_of_functions_are_tried_at_once(group: str, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(group, config)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in ("sampler", "grid") for n in REGISTRY[g]])
+def test_every_function_is_built_with_its_defaults(group: str, name: str) -> None:
+    given = {key: option.default for key, option in options(REGISTRY[group][name]).items()}
+    assert build(group, {"name": name, **given}).keywords == given
+
+
+def test_guidance_from_plain_values() -> None:
+    values = json.loads(
+        json.dumps({"rescale": 0.7, "norm_limit": None, "threshold": 4, "optimal_scale": True})
+    )
+    guidance = construct("guidance", Guidance, values)
+    assert [type(c).__name__ for c in guidance.corrections] == ["OptimalScale", "Rescale", "Threshold"]
+    with pytest.raises(ConfigError, match=r"guidance: momentum is 1\.0, but must be between"):
+        construct("guidance", Guidance, {"momentum": 1})
+
+
 def test_what_is_known_at_run_time_is_no_option() -> None:
     assert {"latent_channels", "conditioning_dim"}.isdisjoint(options(UNet))
     with pytest.raises(ConfigError, match="backbone: there is no key 'latent_channels'"):
@@ -70,7 +104,7 @@ def test_what_is_known_at_run_time_is_no_option() -> None:
         ({"weighting": {"name": "min_snr", "gamma": -1}}, "gamma is -1.0, but must be positive"),
         ({"parameterization": {"name": "eps"}}, "parameterization 'eps' cannot be used with CosineSchedule"),
         ({"schedule": "cosine"}, "objective.schedule is 'cosine', but must be a mapping with a name"),
-        ({"schedule": {"name": "os.system"}}, "there is no 'os.system' (known: cosine, edm, flow)"),
+        ({"schedule": {"name": "os.system"}}, "there is no 'os.system' (known: cosine, edm, flow, linear)"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused(change: dict[str, Any], said: str) -> None:

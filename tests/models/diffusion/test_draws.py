@@ -47,6 +47,26 @@ def test_seed_index_and_purpose_all_matter() -> None:
     assert len(numbers) == 32
 
 
+def test_parts_of_a_purpose_are_independent_and_meet_no_other_purpose() -> None:
+    draws = Draws(0, torch.arange(3))
+    numbers = [
+        draws.normal(purpose, (64,), part).flatten()
+        for purpose in (Purpose.NOISE, Purpose.STEP_NOISE)
+        for part in (0, 1, 2, 2**24 - 1)
+    ]
+    assert torch.equal(numbers[0], draws.normal(Purpose.NOISE, (64,)).flatten())
+    together = torch.stack(numbers).double()
+    assert len(together.unique()) == together.numel()
+    assert (torch.corrcoef(together) - torch.eye(8)).abs().max() < 0.25
+    assert torch.equal(
+        numbers[5][64:128], Draws(0, torch.tensor([1])).normal(Purpose.STEP_NOISE, (64,), 1)[0]
+    )
+    assert max(Purpose) < 2**8
+    for part in (-1, 2**24):
+        with pytest.raises(ValueError, match=f"part is {part}"):
+            draws.normal(Purpose.NOISE, (4,), part)
+
+
 def test_normal_numbers_are_standard_normal() -> None:
     x = Draws(0, torch.arange(64)).normal(Purpose.NOISE, (4, 32, 32)).double()
     assert x.mean().abs() < 0.01
