@@ -30,7 +30,9 @@ from models.stages.signals import Stopped
 
 FOLDER = Path(__file__).parent
 #: Keys whose values are taken to the letter.
-_TEXTS = ("prompt", "data.where")
+_TEXTS = ("prompt", "negative_prompt", "other_prompt", "watermark", "data.where")
+#: What goes on after an interruption.
+_AGAIN = {"train": "resume=true", "sample": "the same command"}
 
 EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (ConfigError, 2),
@@ -76,7 +78,7 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     try:
         _refuse_targets(sys.argv[1:])
         sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
-        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
+        _compose_and_run(name, job)
         if failures:
             raise failures[0]
     except Terminated:
@@ -101,13 +103,23 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
         sys.exit(code)
 
 
+def _compose_and_run(name: str, job: Callable[[DictConfig], None]) -> None:
+    """Lets Hydra run `job`; whatever it raises itself while it composes is a mistake in the command."""
+    try:
+        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        raise ConfigError(str(error)) from error
+
+
 def explain(error: BaseException, name: str) -> str:
     """One line: what is wrong and, for a misspelt word of the configuration `name`, what was meant."""
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__  # Hydra's own message only says which override could not be merged
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; continue with resume=true"
+        return f"interrupted; continue with {_AGAIN[name]}"
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; check that the path exists, is writable and has space"

@@ -86,11 +86,25 @@ class AdherenceJudge(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The logits {name: [B K]} of `images` float32 [B 3 H W] in [-1, 1]."""
-        if images.shape[-2:] != (RESOLUTION, RESOLUTION):
-            smaller = min(images.shape[-2:]) < RESOLUTION
-            images = F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear" if smaller else "area")
-        hidden = F.relu(self.hidden(self.pool(self.features(images)).flatten(1)))
+        images = self._sized(images)
+        hidden = F.relu(self._hidden(images))
         return {name: head(hidden) for name, head in self.heads.items()}
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        return self.hidden(self.pool(self.features(images)).flatten(1))
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Features float32 [B 128] of `images` float32 [B 3 H W] in [-1, 1]: what the answers are made of."""
+        self.eval()
+        return torch.cat([self._hidden(self._sized(chunk.float())) for chunk in images.split(_BATCH)])
+
+    @staticmethod
+    def _sized(images: Tensor) -> Tensor:
+        if images.shape[-2:] == (RESOLUTION, RESOLUTION):
+            return images
+        smaller = min(images.shape[-2:]) < RESOLUTION
+        return F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear" if smaller else "area")
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:

@@ -4,74 +4,40 @@ The one place besides `models.registry` that joins networks and mathematics. Tra
 evaluation all make pictures through it, so they make the same ones. Needs no lightning.
 """
 
-import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.autoencoder import Autoencoder
-from models.checkpoint import CheckpointError, fingerprint, load_single_file, newest, save_single_file
+from models.canvas import composite, soften, to_latents
+from models.conditioning import Conditioning
 from models.diffusion.denoiser import Denoiser
 from models.diffusion.draws import Draws, Purpose
-from models.diffusion.guidance import classifier_free
+from models.diffusion.editing import Tiled, cut, inpaint, interpolate, resampled, slerp, start
+from models.diffusion.guidance import Branch, ConditionalDenoiser, Denoise
 from models.diffusion.objective import Objective
-from models.diffusion.samplers import Grid, Sampler
-from models.registry import ConfigError, build
+from models.portions import PIXELS, TEXTS, PortionedBackbone, in_portions, rows_for
+from models.registry import ConfigError, did_you_mean
+from models.sampling import Job, Sampling
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
-#: Parts of a run's configuration that its pictures depend on, kept in every diffusion checkpoint.
-MODEL_KEYS = (
-    "autoencoder",
-    "text_encoder",
-    "backbone",
-    "objective",
-    "sampler",
-    "grid",
-    "sampling",
-    "resolution",
-)
-EXPORT_FORMAT = "firstlight-1"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How pictures are made from noise.
-
-    Args:
-        guidance_scale: 1 = conditional only; any finite number.
-        num_steps: denoiser steps, at least 1.
-        sampler: how to integrate.
-        grid: the times to visit.
-        seed: of the noise.
-
-    Raises:
-        ConfigError: a number out of range.
-    """
-
-    guidance_scale: float
-    num_steps: int
-    sampler: Sampler
-    grid: Grid
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError(
-                f"guidance_scale is {self.guidance_scale}, but must be a finite number, such as 3"
-            )
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps is {self.num_steps}, but must be at least 1")
+#: Told after every step: `(step number from 1, how the pictures look by now, uint8 [B 3 H W])`.
+Preview = Callable[[int, Tensor], None]
 
 
 class Pipeline:
     """Makes pictures.
+
+        pipeline = Pipeline.from_checkpoint("runs/landscapes")
+        pipeline("a clear dawn over the sea, the sun on the left", seed=7)[0].save("dawn.png")
 
     Args:
         autoencoder: decodes the latents.
@@ -80,6 +46,8 @@ class Pipeline:
         objective: whose schedule and parameterization the backbone was trained with.
         resolution: pixels a side that it was trained at.
         autocast: context in which the networks run.
+        defaults: how its pictures are made where a call does not say.
+        described: the parts of `defaults` as a configuration names them.
     """
 
     def __init__(
@@ -90,78 +58,270 @@ class Pipeline:
         objective: Objective,
         resolution: int,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        defaults: Sampling | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
-        self.denoiser = Denoiser(backbone, objective.schedule, objective.parameterization)
+        self.device = autoencoder.latent_mean.device
+        self.portioned = self.device.type == "cpu"
+        network = PortionedBackbone(backbone) if self.portioned else backbone
+        self.denoiser = Denoiser(network, objective.schedule, objective.parameterization)
+        self.edits = backbone.image_conditioning
         self.min_divisor = backbone.min_divisor
         self.resolution = resolution
+        self.defaults = defaults
+        self.described = dict(described or {})
         self.autocast = autocast
+        self.weaker: Pipeline | None = None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "auto") -> "Pipeline":
+        """The pipeline of a run's folder, or of a file that `scripts/export.py` wrote.
+
+        Raises:
+            CheckpointError: nothing there, damaged, or stages that do not belong together.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        from models.loading import load_pipeline
+
+        return load_pipeline(Path(path), torch.device(device))[0]
+
+    def __call__(
+        self, prompts: str | Sequence[str], num_images: int = 1, **options: Any
+    ) -> list[Image.Image]:
+        """`num_images` pictures of each prompt, one prompt after another.
+
+        Args:
+            prompts: one or several.
+            num_images: of each.
+            options: `size`, and fields of `Sampling` and `Job`: seed, num_steps, guidance_scale,
+                negative_prompt, image and others; what is not given is as the checkpoint was trained to be
+                sampled.
+
+        Raises:
+            ConfigError: an unknown option, or a value that cannot be used.
+        """
+        size = options.pop("size", None)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        given = {field.name: field.init for field in (*fields(Job)[2:], *fields(Sampling))}
+        for name in options:
+            if name not in given:
+                raise ConfigError(f"there is no option '{name}'{did_you_mean(name, given)}")
+        of_jobs = {field.name: options.pop(field.name) for field in fields(Job) if field.name in options}
+        if self.defaults is None:
+            raise ConfigError("this pipeline has no defaults; call generate with a Sampling")
+        each = [text for text in texts for _ in range(num_images)]
+        jobs = [Job(text, k, **of_jobs) for k, text in enumerate(each)]
+        made = self.generate(jobs, replace(self.defaults, **options), size)
+        return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in made]
 
     @torch.no_grad()
-    def __call__(
+    def generate(
         self,
-        prompts: Sequence[str],
-        indices: Sequence[int],
+        jobs: Sequence[Job],
         sampling: Sampling,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         batch_size: int = 32,
         progress: Callable[[int], None] | None = None,
+        preview: Preview | None = None,
     ) -> Tensor:
-        """One picture a prompt, uint8 `[N 3 H W]` on the CPU.
+        """One picture a job, uint8 `[N 3 H W]` on the CPU.
 
-        The noise of a picture depends on `sampling.seed` and its own entry of `indices` alone, neither on the
+        On a CPU a picture's bytes depend on its own job, on `sampling` and on `size` alone, neither on the
         batch it is made in nor on the pictures before it.
 
         Args:
-            prompts: texts; an empty one is the unconditional model.
-            indices: number of each picture.
+            jobs: what to make, all alike in which pictures they come with.
             sampling: how to make them.
-            size: pixels a side; None is the training resolution.
+            size: pixels a side, or (width, height); None is that of the jobs' pictures, or else the training
+                resolution.
             batch_size: pictures made at once.
             progress: told how many pictures are done.
+            preview: told after every step how the pictures of the batch look.
 
         Raises:
-            ConfigError: a size the networks cannot make.
+            ConfigError: a size the networks cannot make, or jobs that are not alike or ask for what the
+                checkpoint was not trained for.
             FloatingPointError: a picture is not finite.
         """
-        side = self.latent_side(self.resolution if size is None else size)
+        latent_size = self.check(jobs, sampling, size)
         done = []
-        for start in range(0, len(prompts), batch_size):
-            stop = min(start + batch_size, len(prompts))
-            done.append(self._batch(list(prompts[start:stop]), list(indices[start:stop]), sampling, side))
+        for first in range(0, len(jobs), batch_size):
+            some = list(jobs[first : first + batch_size])
+            with self.autocast():
+                done.append(self._batch(some, sampling, latent_size, preview))
             if progress is not None:
-                progress(stop)
+                progress(first + len(some))
         return torch.cat(done)
 
-    def _batch(self, prompts: list[str], indices: list[int], sampling: Sampling, side: int) -> Tensor:
-        schedule = self.denoiser.schedule
-        times = sampling.grid(schedule, sampling.num_steps)
-        numbers = torch.tensor(indices, device=self.autoencoder.latent_mean.device)
-        shape = (self.autoencoder.latent_channels, side, side)
-        noise = Draws(sampling.seed, numbers).normal(Purpose.INITIAL_NOISE, shape)
-        with self.autocast():
-            conditioning, null = self.text_encoder.encode([*prompts, ""]).split_last()
-            guided = classifier_free(
-                self.denoiser, conditioning, null.expand(len(prompts)), sampling.guidance_scale
+    def check(
+        self, jobs: Sequence[Job], sampling: Sampling, size: int | tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """The size (h, w) of latents for `jobs`; raises ConfigError where `generate` would."""
+        if not jobs:
+            raise ConfigError("there is nothing to make: give at least one prompt")
+        if any(job.kind != jobs[0].kind for job in jobs):
+            raise ConfigError("the pictures that the jobs come with differ in kind or size; make them apart")
+        if (jobs[0].before is not None) != self.edits:
+            raise ConfigError(
+                "this checkpoint edits pictures by instruction; give one with image=..."
+                if self.edits
+                else "this checkpoint was not trained to edit by instruction; give image and strength to "
+                "start from a picture"
             )
-            x = float(schedule(times[:1]).sigma) * noise
-            images = self.autoencoder.decode(sampling.sampler(guided, schedule, x, times, None)).float()
+        if jobs[0].image is None and sampling.strength < 1:
+            raise ConfigError(f"strength is {sampling.strength}, but there is no image to start from")
+        given = [part for part in (jobs[0].image, jobs[0].before) if part is not None]
+        if size is None and given:
+            size = (given[0].shape[2], given[0].shape[1])
+        h, w = self.latent_size(size)
+        f = self.autoencoder.factor
+        for part in given:
+            if tuple(part.shape[1:]) != (h * f, w * f):
+                raise ConfigError(
+                    f"a picture of {part.shape[2]}x{part.shape[1]} for a size of {w * f}x{h * f}"
+                )
+        return h, w
+
+    def _batch(
+        self, jobs: list[Job], sampling: Sampling, size: tuple[int, int], preview: Preview | None
+    ) -> Tensor:
+        schedule, sampler = self.denoiser.schedule, sampling.sampler
+        times = cut(sampling.grid, schedule, sampling.num_steps, sampling.strength)
+        draws = Draws(sampling.seed, torch.tensor([job.index for job in jobs], device=self.device))
+        shape = (self.autoencoder.latent_channels, *size)
+        noise = draws.normal(Purpose.INITIAL_NOISE, shape)
+        if sampling.variation:
+            others = Draws(sampling.variation_seed, draws.indices).normal(Purpose.VARIATION_NOISE, shape)
+            noise = slerp(noise, others, sampling.variation)
+        denoise = self._guided(jobs, sampling)
+        x0 = torch.zeros_like(noise)
+        known, masks = self._stack([job.image for job in jobs]), self._stack([job.mask for job in jobs])
+        if known is not None:
+            x0 = self._latents(known)
+        if masks is not None:
+            masks = soften(masks[:, None].float(), sampling.feather)
+            denoise = inpaint(denoise, x0, to_latents(masks, self.autoencoder.factor))
+            sampler = resampled(sampler, sampling.repaint)
+
+        def told(step: int, x: Tensor, x0: Tensor) -> None:
+            if preview is not None:
+                preview(step, to_uint8(self._decode(x0)).cpu())
+
+        step_noise = partial(draws.normal, Purpose.STEP_NOISE, shape)
+        x = start(schedule, x0, noise, times)
+        images = self._decode(sampler(denoise, schedule, x, times, step_noise, told))
         if not torch.isfinite(images).all():
             raise FloatingPointError(
                 "sampling gave numbers that are not finite; lower guidance_scale, or use a checkpoint from "
                 "before its training diverged"
             )
-        return to_uint8(images).cpu()
+        pixels = to_uint8(images)
+        if known is not None and masks is not None:
+            pixels = composite(pixels, known, masks)
+        return pixels.cpu()
 
-    def latent_side(self, size: int) -> int:
-        """Latent positions a side of a picture of `size` pixels.
+    def _guided(self, jobs: list[Job], sampling: Sampling) -> Denoise:
+        """The denoiser of the jobs' prompts, guided as asked."""
+        conditioning = self._told(jobs)
+        null = self._encode([job.negative_prompt for job in jobs])
+        denoiser: ConditionalDenoiser = self.denoiser
+        if sampling.tiled:
+            window = self.resolution // self.autoencoder.factor
+            denoiser = Tiled(denoiser, window, window // 2, sampling.wrap)
+        text, s = sampling.guidance_scale, sampling.image_guidance_scale
+        before = self._stack([job.before for job in jobs])
+        if before is not None:
+            picture = self._latents(before)
+            # Brooks et al. 2023 (arXiv 2211.09800), eq. 3, as weights of three branches.
+            branches = [
+                Branch(1 - s, null.with_image(torch.zeros_like(picture))),
+                Branch(s - text, null.with_image(picture)),
+                Branch(text, conditioning.with_image(picture)),
+            ]
+        elif self.weaker is not None:
+            branches = [
+                Branch(1 - text, self.weaker._told(jobs), self.weaker.denoiser),
+                Branch(text, conditioning),
+            ]
+        else:
+            branches = [Branch(1 - text, null), Branch(text, conditioning)]
+        return sampling.guidance.combine(denoiser, branches)
+
+    def guided_by(self, weaker: "Pipeline") -> None:
+        """Guides by a smaller or earlier checkpoint on the same latents instead of by the empty prompt.
+
+        Autoguidance (Karras et al. 2024, arXiv 2406.02507). Negative prompts have no part in it.
 
         Raises:
-            ConfigError: `size` is not a multiple of what autoencoder and backbone halve it by.
+            ConfigError: `weaker` has another autoencoder or objective, or either edits by instruction.
         """
-        check_size("size", size, self.autoencoder, self.min_divisor)
-        return size // self.autoencoder.factor
+        mine, theirs = (each.autoencoder.state_dict() for each in (self, weaker))
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
+            raise ConfigError("the weaker checkpoint has another autoencoder; take one of the same run")
+        if self.edits or weaker.edits:
+            raise ConfigError("a checkpoint that edits by instruction is not guided by a weaker one")
+        if vars(self.denoiser.schedule) != vars(weaker.denoiser.schedule):
+            raise ConfigError("the weaker checkpoint has another schedule; take one of the same run")
+        self.weaker = weaker
+
+    def _told(self, jobs: list[Job]) -> Conditioning:
+        """The conditioning of the jobs' prompts, mixed with their other ones."""
+        conditioning = self._encode([job.prompt for job in jobs])
+        if not any(job.share for job in jobs):
+            return conditioning
+        others = self._encode([job.other_prompt for job in jobs])
+        rows = torch.arange(len(jobs), device=self.device)[:, None]
+        return Conditioning.cat(
+            [
+                interpolate(conditioning.take(row), others.take(row), job.share)
+                for row, job in zip(rows, jobs, strict=True)
+            ]
+        )
+
+    def _stack(self, parts: Sequence[Tensor | None]) -> Tensor | None:
+        given = [part for part in parts if part is not None]
+        return torch.stack(given).to(self.device) if given else None
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """The conditioning of the prompts, each different one encoded once."""
+        texts = list(dict.fromkeys(prompts))
+        rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
+        count = TEXTS if self.portioned else len(texts)
+        parts = []
+        for first in range(0, len(texts), count):
+            some = texts[first : first + count]
+            parts.append(self.text_encoder.encode([*some, *[""] * (count - len(some))]))
+        return Conditioning.cat(parts).take(rows)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """The normalised latents `[B C h w]` of pictures uint8 `[B 3 H W]`: the mean of their posterior."""
+        pixels = images.to(self.device).float() / 127.5 - 1
+        moments = self._in_portions(self.autoencoder.encode, pixels, pixels.shape[2:]).float()
+        return self.autoencoder.sample(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2]))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures float32 `[B 3 H W]` in about [-1, 1]."""
+        f = self.autoencoder.factor
+        sides = (latents.shape[2] * f, latents.shape[3] * f)
+        return self._in_portions(self.autoencoder.decode, latents, sides).float()
+
+    def _in_portions(self, network: Callable[[Tensor], Tensor], x: Tensor, sides: Sequence[int]) -> Tensor:
+        return in_portions(rows_for(PIXELS, *sides), network, x) if self.portioned else network(x)
+
+    def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Latent positions (h, w) of a picture of `size` pixels: a side, or (width, height).
+
+        Raises:
+            ConfigError: a side is not a multiple of what autoencoder and backbone halve it by.
+        """
+        size = self.resolution if size is None else size
+        width, height = (size, size) if isinstance(size, int) else size
+        for side in (width, height):
+            check_size("size", side, self.autoencoder, self.min_divisor)
+        return height // self.autoencoder.factor, width // self.autoencoder.factor
 
 
 def check_size(label: str, size: int, autoencoder: Autoencoder, min_divisor: int) -> None:
@@ -178,107 +338,3 @@ def check_size(label: str, size: int, autoencoder: Autoencoder, min_divisor: int
 def to_uint8(images: Tensor) -> Tensor:
     """Pictures `[B 3 H W]` in [-1, 1] as uint8, clipped and rounded to the nearest level."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-
-
-def load_pipeline(path: Path, device: torch.device) -> tuple[Pipeline, dict[str, Any], str]:
-    """The pipeline at `path`, the configuration it was trained with, and the SHA-256 of its checkpoint.
-
-    Args:
-        path: a run's folder (its newest verified checkpoints are taken) or a file that `export` wrote.
-        device: where the networks go.
-
-    Raises:
-        CheckpointError: nothing there, damaged, or stages that do not belong together.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such run folder or file; train one with: python train.py")
-    tensors, config, sha256 = _read_run(path) if path.is_dir() else _read_export(path)
-    try:
-        networks = build_networks(config)
-        objective: Objective = build("objective", config["objective"])
-        resolution = int(config["resolution"])
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from None
-    for name, network in zip(("autoencoder", "text_encoder", "backbone"), networks, strict=True):
-        mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        load_weights(network, mine, f"{path}: {name}")
-        network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Pipeline(*networks, objective, resolution), config, sha256
-
-
-def build_networks(config: dict[str, Any]) -> tuple[Autoencoder, TextEncoder, UNet]:
-    """Autoencoder, text encoder and backbone that `config` describes, with fresh weights."""
-    autoencoder: Autoencoder = build("autoencoder", config["autoencoder"])
-    text_encoder: TextEncoder = build("text_encoder", config["text_encoder"])
-    backbone: UNet = build(
-        "backbone",
-        config["backbone"],
-        latent_channels=autoencoder.latent_channels,
-        conditioning_dim=text_encoder.dim,
-    )
-    return autoencoder, text_encoder, backbone
-
-
-def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], label: str) -> None:
-    """Puts `tensors` into `network`.
-
-    Raises:
-        CheckpointError: names or shapes differ; the message lists the first few.
-    """
-    mine = network.state_dict()
-    wrong = [f"{k}: missing" for k in mine.keys() - tensors.keys()]
-    wrong += [f"{k}: not in the network" for k in tensors.keys() - mine.keys()]
-    wrong += [
-        f"{k}: {tuple(tensors[k].shape)} in the checkpoint, {tuple(mine[k].shape)} in the network"
-        for k in mine.keys() & tensors.keys()
-        if mine[k].shape != tensors[k].shape
-    ]
-    if wrong:
-        shown = "; ".join(sorted(wrong)[:3])
-        raise CheckpointError(
-            f"{label}: the checkpoint is of another shape than the configuration ({len(wrong)} differences: "
-            f"{shown}); use the configuration it was trained with, or another run name"
-        )
-    network.load_state_dict(tensors)
-
-
-def export(run: Path, target: Path) -> None:
-    """Writes the averaged weights and the configuration of the run in folder `run` as one safetensors file.
-
-    Raises:
-        CheckpointError: as `load_pipeline`.
-        OSError: the target cannot be written.
-    """
-    tensors, config, sha256 = _read_run(run)
-    metadata = {"format": EXPORT_FORMAT, "config": json.dumps(config), "checkpoint_sha256": sha256}
-    save_single_file(target, tensors, metadata)
-
-
-def _read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    diffusion = newest(path / "diffusion" / "checkpoints")
-    autoencoder = newest(path / "autoencoder" / "checkpoints")
-    if diffusion is None or autoencoder is None:
-        missing = "diffusion" if diffusion is None else "autoencoder"
-        raise CheckpointError(f"{path}: has no verified {missing} checkpoint; train it with: python train.py")
-    config = diffusion.document("config")
-    tensors = {**autoencoder.tensors("ema"), **diffusion.tensors("ema")}
-    mine = {k: v for k, v in tensors.items() if k.startswith("autoencoder.")}
-    if fingerprint(mine) != diffusion.document("state")["autoencoder"]:
-        raise CheckpointError(
-            f"{path}: the diffusion checkpoint was trained on the latents of another autoencoder; train it "
-            "again with: python train.py stages=[diffusion]"
-        )
-    return tensors, config, diffusion.sha256
-
-
-def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    tensors, metadata, sha256 = load_single_file(path)
-    if metadata.get("format") != EXPORT_FORMAT:
-        raise CheckpointError(
-            f"{path}: not a model exported by scripts/export.py (no format {EXPORT_FORMAT!r})"
-        )
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: its configuration is damaged ({error!r})") from None
-    return tensors, config, metadata.get("checkpoint_sha256", sha256)

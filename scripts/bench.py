@@ -1,4 +1,4 @@
-"""Measures how fast the project is next to what it could be: `python scripts/bench.py loader`.
+"""Measures how fast the project is next to what it could be: `python scripts/bench.py loader`, or `sampling`.
 
 Each benchmark has arms that take turns, forwards and backwards, on one machine in one run; told are ratios
 with their intervals, and beside them the ratio of an arm to itself, which is what the method errs by. Figures
@@ -18,12 +18,15 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shard_index import DataError, write_atomic
+from models.checkpoint import CheckpointError
+from models.registry import ConfigError
 from scripts.benches.findings import Findings
 from scripts.benches.loader import loader
+from scripts.benches.sampling import sampling
 
 #: A benchmark is a function here: its arguments, all with defaults, are its options, described under Args.
-BENCHMARKS: dict[str, Callable[..., Findings]] = {"loader": loader}
-USAGE, DATA, INTERRUPTED = 2, 3, 130
+BENCHMARKS: dict[str, Callable[..., Findings]] = {"loader": loader, "sampling": sampling}
+USAGE, DATA, CHECKPOINT, INTERRUPTED = 2, 3, 4, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,8 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     name, out = given.pop("bench"), given.pop("out")
     try:
         findings = BENCHMARKS[name](**given)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         options.error(str(error))
+    except CheckpointError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return CHECKPOINT
     except DataError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return DATA

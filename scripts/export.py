@@ -25,7 +25,7 @@ from models.diffusers_layout import (
     unet_config,
     unet_to_diffusers,
 )
-from models.pipeline import export, load_pipeline
+from models.loading import export, load_pipeline
 from models.unet import UNet
 
 CHECKPOINT, ENVIRONMENT, INTERRUPTED = 4, 5, 130

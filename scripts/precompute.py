@@ -36,8 +36,9 @@ from data.provenance import Preprocessing, Provenance, code_version
 from data.writer import write_shard
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, newest
-from models.pipeline import build_networks, load_pipeline, load_weights
+from models.loading import build_networks, load_pipeline, load_weights
 from models.registry import ConfigError, build
+from models.stages.base import is_handed_over
 from models.stages.encoding import (
     autoencoder_fingerprint,
     encode_captions,
@@ -217,7 +218,7 @@ def load_networks(
         )
     config = checkpoint.document("config")
     wanted = config.get("run", {}).get("plan", {}).get("autoencoder", {}).get("images", 0)
-    if checkpoint.images < wanted:
+    if checkpoint.images < wanted and not is_handed_over(checkpoint):
         raise CheckpointError(
             f"{checkpoint.folder}: the autoencoder has seen {checkpoint.images:,} of {wanted:,} images, so "
             "its moments would be of no use; finish it: python train.py resume=true stages=[autoencoder]"

@@ -64,7 +64,7 @@ def make_run() -> Callable[..., Path]:
 
     def make(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
         from models.checkpoint import fingerprint, save_checkpoint
-        from models.pipeline import build_networks
+        from models.loading import build_networks
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

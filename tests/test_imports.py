@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 
-#: The two modules that join networks and mathematics: docs/decisions/0001-registry-and-pipeline.md.
-JOINS = ("models.registry", "models.pipeline")
+#: The modules that join networks and mathematics: docs/decisions/0001-registry-and-pipeline.md.
+JOINS = ("models.registry", "models.pipeline", "models.loading", "models.sampling")
 #: Modules at the root of models/ that no network needs: what builds on networks, and what stores them.
 NOT_NETWORKS = (*JOINS, "models.checkpoint", "models.checkpoint_folders", "models.checkpoint_writer")
+NOT_NETWORKS += ("models.canvas", "models.portions")
 
 #: A zygote is `python train.py` after its imports.
 EXCEPTIONS = {("scripts.faults.zygote", "train")}

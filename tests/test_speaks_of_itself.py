@@ -24,7 +24,7 @@ REFERENCES = (
     *("arxiv.org", "doi.org", "openreview.net", "w3.org", "ietf.org", "unicode.org", "semver.org"),
     *("apache.org", "creativecommons.org", "opensource.org", "spdx.org", "keepachangelog.com"),
     *("readthedocs.io", "github.com", "github.io", "pytorch.org", "python.org", "hydra.cc", "lightning.ai"),
-    *("huggingface.co", "wandb.ai", "docs.astral.sh", "pre-commit.com"),
+    *("huggingface.co", "wandb.ai", "docs.astral.sh", "pre-commit.com", "iptc.org"),
 )
 #: Names kept for examples (RFC 2606) and for this machine itself.
 EXAMPLES = ("example.com", "example.org", "example.net", "localhost", "127.0.0.1", "0.0.0.0", "host", "x")

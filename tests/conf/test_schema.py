@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from conf.cli import FOLDER, _refuse_targets, explain
 from conf.schema import TRAINING, make, plain, register
-from models.pipeline import build_networks
+from models.loading import build_networks
 from models.registry import REGISTRY, ConfigError, build, children, options
 
 EXPERIMENTS = sorted(path.stem for path in (FOLDER / "experiment").glob("*.yaml"))
@@ -122,7 +122,7 @@ def test_a_mistake_gets_one_line(word: str, said: str) -> None:
 
 
 def test_a_mistake_in_what_sample_is_told() -> None:
-    assert "did you mean 'guidance_scale'?" in message("guidance=3", name="sample")
+    assert "did you mean 'guidance_scale'?" in message("guidanse_scale=3", name="sample")
     assert "sampler=eulr (did you mean 'euler'?)" in message("sampler=eulr", name="sample")
 
 

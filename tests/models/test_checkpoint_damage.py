@@ -15,7 +15,7 @@ from torch import nn
 
 from models import checkpoint as module
 from models.checkpoint import MANIFEST, Checkpoint, CheckpointError, newest, save_checkpoint
-from models.pipeline import load_weights
+from models.loading import load_weights
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.pipeline import Sampling, load_pipeline
+from models.loading import load_pipeline
 from models.registry import build
+from models.sampling import Job, Sampling
 from scripts.export import main
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,9 @@ def run(make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: Pa
 
 def pictures(path: Path) -> torch.Tensor:
     sampler, grid = build("sampler", {"name": "euler"}), build("grid", {"name": "uniform"})
-    return load_pipeline(path, CPU)[0](["sea", ""], range(2), Sampling(2.0, 2, sampler, grid, 0))
+    return load_pipeline(path, CPU)[0].generate(
+        [Job("sea", 0), Job("", 1)], Sampling(2.0, 2, sampler, grid, 0)
+    )
 
 
 def test_the_file_makes_the_same_pictures(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -24,7 +24,7 @@ from data.provenance import check_provenance, read_provenance
 from data.shards import ShardDataset
 from data.transforms import Decoder, ResizeCrop
 from data.writer import write_shard
-from models.pipeline import build_networks, load_pipeline
+from models.loading import build_networks, load_pipeline
 from models.registry import ConfigError, build
 from models.stages.compute import Compute
 from models.stages.diffusion import DiffusionStage
@@ -387,7 +387,7 @@ def test_an_unfinished_autoencoder_is_refused(
 
 
 def test_an_exported_file_does_as_well(run: Path, tmp_path: Path) -> None:
-    from models.pipeline import export
+    from models.loading import export
 
     export(run, tmp_path / "model.safetensors")
     assert go(run, tmp_path / "one") == 0

@@ -1,0 +1,187 @@
+"""From files to networks and back: a run's folder or an exported file as a `Pipeline`, and the export itself.
+
+Everything is verified before it is used: the SHA-256 of each file, the shape of each tensor, and that the
+diffusion stage was trained on the latents of this very autoencoder. Names of parts come from the checkpoint's
+JSON and are looked up in `models.registry`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.autoencoder import Autoencoder
+from models.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fingerprint,
+    load_single_file,
+    newest,
+    save_single_file,
+)
+from models.diffusion.guidance import Guidance
+from models.diffusion.objective import Objective
+from models.pipeline import Pipeline
+from models.registry import ConfigError, build
+from models.sampling import Sampling
+from models.text_encoder import TextEncoder
+from models.unet import UNet
+
+#: Parts of a run's configuration that its pictures depend on, kept in every diffusion checkpoint.
+MODEL_KEYS = (
+    "autoencoder",
+    "text_encoder",
+    "backbone",
+    "objective",
+    "sampler",
+    "grid",
+    "guidance",
+    "sampling",
+    "resolution",
+)
+EXPORT_FORMAT = "firstlight-1"
+
+
+def load_pipeline(path: Path, device: torch.device) -> tuple[Pipeline, dict[str, Any], str]:
+    """The pipeline at `path`, the configuration it was trained with, and the SHA-256 of its checkpoint.
+
+    Args:
+        path: a run's folder (its newest verified checkpoints are taken), one of its diffusion checkpoints, or
+            a file that `export` wrote.
+        device: where the networks go.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or stages that do not belong together.
+    """
+    tensors, config, sha256 = read_model(path)
+    try:
+        networks = build_networks(config)
+        objective: Objective = build("objective", config["objective"])
+        resolution = int(config["resolution"])
+        defaults = read_sampling(config)
+        parts: dict[str, Any] = {
+            group: config[group] for group in ("sampler", "grid", "guidance") if group in config
+        }
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from None
+    for name, network in zip(("autoencoder", "text_encoder", "backbone"), networks, strict=True):
+        mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        load_weights(network, mine, f"{path}: {name}")
+        network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Pipeline(*networks, objective, resolution, defaults=defaults, described=parts), config, sha256
+
+
+def read_sampling(config: Mapping[str, Any]) -> Sampling:
+    """How a run's pictures are made by default, as its configuration says.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    values = config["sampling"]
+    guidance: Guidance = build("guidance", config["guidance"]) if "guidance" in config else Guidance()
+    return Sampling(
+        float(values["guidance_scale"]),
+        int(values["num_steps"]),
+        build("sampler", config["sampler"]),
+        build("grid", config["grid"]),
+        seed=0,
+        guidance=guidance,
+        image_guidance_scale=float(values.get("image_guidance_scale", Sampling.image_guidance_scale)),
+    )
+
+
+def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The averaged weights of all three networks at `path`, their configuration, and a SHA-256 of them.
+
+    Args:
+        path: a run's folder (its newest verified checkpoints are taken) or a file that `export` wrote.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or stages that do not belong together.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such run folder or file; train one with: python train.py")
+    return _read_run(path) if path.is_dir() else _read_export(path)
+
+
+def build_networks(config: dict[str, Any]) -> tuple[Autoencoder, TextEncoder, UNet]:
+    """Autoencoder, text encoder and backbone that `config` describes, with fresh weights."""
+    autoencoder: Autoencoder = build("autoencoder", config["autoencoder"])
+    text_encoder: TextEncoder = build("text_encoder", config["text_encoder"])
+    backbone: UNet = build(
+        "backbone",
+        config["backbone"],
+        latent_channels=autoencoder.latent_channels,
+        conditioning_dim=text_encoder.dim,
+    )
+    return autoencoder, text_encoder, backbone
+
+
+def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], label: str) -> None:
+    """Puts `tensors` into `network`.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message lists the first few.
+    """
+    mine = network.state_dict()
+    wrong = [f"{k}: missing" for k in mine.keys() - tensors.keys()]
+    wrong += [f"{k}: not in the network" for k in tensors.keys() - mine.keys()]
+    wrong += [
+        f"{k}: {tuple(tensors[k].shape)} in the checkpoint, {tuple(mine[k].shape)} in the network"
+        for k in mine.keys() & tensors.keys()
+        if mine[k].shape != tensors[k].shape
+    ]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:3])
+        raise CheckpointError(
+            f"{label}: the checkpoint is of another shape than the configuration ({len(wrong)} differences: "
+            f"{shown}); use the configuration it was trained with, or another run name"
+        )
+    network.load_state_dict(tensors)
+
+
+def export(run: Path, target: Path) -> None:
+    """Writes the averaged weights and the configuration of the run in folder `run` as one safetensors file.
+
+    Raises:
+        CheckpointError: as `load_pipeline`.
+        OSError: the target cannot be written.
+    """
+    tensors, config, sha256 = _read_run(run)
+    metadata = {"format": EXPORT_FORMAT, "config": json.dumps(config), "checkpoint_sha256": sha256}
+    save_single_file(target, tensors, metadata)
+
+
+def _read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    one = path.parent.name == "checkpoints"  # one of a run's checkpoints, which may not be its newest
+    run = path.parents[2] if one else path
+    diffusion = Checkpoint(path) if one else newest(run / "diffusion" / "checkpoints")
+    autoencoder = newest(run / "autoencoder" / "checkpoints")
+    if diffusion is None or autoencoder is None:
+        missing = "diffusion" if diffusion is None else "autoencoder"
+        raise CheckpointError(f"{path}: has no verified {missing} checkpoint; train it with: python train.py")
+    config = diffusion.document("config")
+    tensors = {**autoencoder.tensors("ema"), **diffusion.tensors("ema")}
+    mine = {k: v for k, v in tensors.items() if k.startswith("autoencoder.")}
+    if fingerprint(mine) != diffusion.document("state")["autoencoder"]:
+        raise CheckpointError(
+            f"{path}: the diffusion checkpoint was trained on the latents of another autoencoder; train it "
+            "again with: python train.py stages=[diffusion]"
+        )
+    return tensors, config, diffusion.sha256
+
+
+def _read_export(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    tensors, metadata, sha256 = load_single_file(path)
+    if metadata.get("format") != EXPORT_FORMAT:
+        raise CheckpointError(
+            f"{path}: not a model exported by scripts/export.py (no format {EXPORT_FORMAT!r})"
+        )
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its configuration is damaged ({error!r})") from None
+    return tensors, config, metadata.get("checkpoint_sha256", sha256)
