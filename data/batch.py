@@ -22,6 +22,7 @@ class Batch:
     long for the text encoder. From precomputed shards come `moments`,
     float [B 2C h w], and `pixels` are then empty, [B 0]; perhaps also `text`, the encoded captions as (tokens
     [B L D], mask bool [B L], pooled [B D]), and then `tokens` are empty, [B 0]: a row that masks all is "".
+    Of pairs, `before` uint8 [B 3 H W] are the pictures that the captions tell how to edit into `pixels`.
     """
 
     pixels: Tensor
@@ -33,6 +34,7 @@ class Batch:
     moments: Tensor | None = None
     text: tuple[Tensor, Tensor, Tensor] | None = None
     truncated: int = 0
+    before: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -43,6 +45,13 @@ class Batch:
         if self.moments is not None:
             raise ValueError("a batch of precomputed moments has no images; read the pictures' own shards")
         return self.pixels.float().div_(127.5).sub_(1.0)
+
+    @property
+    def images_before(self) -> Tensor:
+        """The pictures before as `images`; ValueError for a batch that has none."""
+        if self.before is None:
+            raise ValueError("a batch without pictures before their edits; name their field in data.before")
+        return self.before.float().div_(127.5).sub_(1.0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Returns the batch with its tensors on `device`."""
@@ -60,6 +69,7 @@ class Batch:
             tokens=move(self.tokens),
             indices=move(self.indices),
             moments=None if self.moments is None else move(self.moments),
+            before=None if self.before is None else move(self.before),
             text=None if text is None else (move(text[0]), move(text[1]), move(text[2])),
         )
 
@@ -86,6 +96,7 @@ class Collate:
             raise ValueError(
                 f"{len(samples)} captions: tokenize gave {tokens.dtype} {list(tokens.shape)}, not int64 [B L]"
             )
+        before = [sample.before for sample in samples if sample.before is not None]
         if isinstance(samples, Rows):
             pixels = samples.pixels
         else:
@@ -98,6 +109,7 @@ class Collate:
             keys=[sample.key for sample in samples],
             substituted=sum(sample.substituted for sample in samples),
             truncated=self._truncated(captions, tokens),
+            before=torch.stack(before) if len(before) == len(samples) > 0 else None,
         )
 
     def _truncated(self, captions: list[str], tokens: Tensor) -> int:

@@ -23,7 +23,8 @@ from data.batch import Batch, Collate
 from data.buckets import BucketPlan, Buckets, Counted, bucket_shapes, write_left_out
 from data.cache import ShardCache
 from data.caption_choice import CaptionChoice
-from data.index import DataError, IndexView, open_split
+from data.index import IMAGE_FIELDS, DataError, IndexView, open_split
+from data.index_builder import PAIR_STEMS
 from data.loader import Loader, WorkerError
 from data.mixture import Mixture, SamplePlan
 from data.moments import MomentsCollate, MomentsDataset, open_moments
@@ -61,7 +62,9 @@ class ShardData:
     pixels are laid on; `block_shards` are mixed together at a time, and remote ones are kept in the folder
     `cache` up to `cache_gb` GB; `workers` processes load, 0 loads in place, and one that gives nothing for
     `worker_timeout` seconds is given up. The diffusion stage reads moments from the folder `precomputed`
-    where one is given; `allow_change` lets a run go on with other samples than it began with.
+    where one is given; `allow_change` lets a run go on with other samples than it began with. With `before`
+    samples are pairs: that is the name of the picture that the caption tells how to edit, such as "before"
+    for `<key>.before.jpg` beside `<key>.jpg`; both are cropped and mirrored alike.
     """
 
     shards: str | None = None
@@ -85,6 +88,7 @@ class ShardData:
     worker_timeout: float = 300.0
     precomputed: str | None = None
     allow_change: bool = False
+    before: str = ""
 
     def __post_init__(self) -> None:
         if self.shards is not None and self.sources:
@@ -98,6 +102,14 @@ class ShardData:
         for values in (self.sources, self.captions):
             if wrong := [name for name, value in values.items() if type(value) not in (int, float)]:
                 raise ValueError(f"{wrong[0]} is given {values[wrong[0]]!r}, which is no number")
+        if self.before and self.before not in PAIR_STEMS:
+            raise ValueError(
+                f"before is {self.before!r}, but must be one of {', '.join(PAIR_STEMS)}, or empty"
+            )
+        if self.before and self.precomputed is not None:
+            raise ValueError(
+                "before and precomputed are both set, but pairs are not precomputed; leave out one"
+            )
         plain = CaptionChoice(self.captions).is_plain
         if self.precomputed is not None and (self.sources or self.unique or self.buckets != 1 or not plain):
             raise ValueError(
@@ -133,7 +145,13 @@ class ShardData:
         check_room(train_views, self.block_shards, cache)
         reader, captions = FieldReader(cache), CaptionChoice(self.captions)
         for where, view in zip(places, train_views, strict=True):
-            captions.check(where, view.index.catalogue.schema().fields, partial(_texts, view, reader))
+            fields = view.index.catalogue.schema().fields
+            captions.check(where, fields, partial(_texts, view, reader))
+            if self.before and not any(f"{self.before}.{name}" in fields for name in IMAGE_FIELDS):
+                raise DataError(
+                    f"{where}: before={self.before}, but no sample has a field {self.before}.jpg, .jpeg, "
+                    f".png or .webp; there are {', '.join(fields)}"
+                )
         decoder = Decoder(background=self.background)
         common = (self.missing_caption, self.max_bad_fraction, bad_samples, captions, reader)
         train = ShardDataset(
@@ -144,6 +162,7 @@ class ShardData:
             seed,
             *common,
             records=False,
+            before=self.before,
         )
         counts = [count for view in val_views for count in view.counts]
         val = ShardDataset(
@@ -153,6 +172,7 @@ class ShardData:
             ResizeCrop(self.resolution),
             VAL_SEED,
             *common,
+            before=self.before,
         )
         return train, val
 

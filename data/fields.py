@@ -7,9 +7,11 @@ Text is strict UTF-8, JSON strict and bounded; what cannot be used raises `BadSa
 
 import io
 import json
+import os
 import re
 import unicodedata
 import warnings
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -30,6 +32,16 @@ class BadSample(Exception):  # noqa: N818 - it is no error of the program
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str]]:
         return BadSample, (self.field, self.reason)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one write, so that lines of several processes do not mix; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
 
 
 def image_size(head: bytes) -> tuple[int, int]:
@@ -62,6 +74,8 @@ def decode_caption(data: bytes, field: str = "txt", max_bytes: int = 1 << 14) ->
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSample(field, f"no UTF-8 at byte {error.start} ({error.reason})") from error
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()  # what the rest would come to, in a third of the time
     return " ".join(unicodedata.normalize("NFC", CONTROLS.sub("", text)).split())
 
 

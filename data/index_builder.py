@@ -18,6 +18,9 @@ from data.fields import BadSample, decode_caption, decode_json, image_size
 from data.tar import Member, TarError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+#: Names of a second picture of a sample, the one before an edit, and its fields: `before.jpg`, ...
+PAIR_STEMS = ("before", "source", "input", "original")
+PAIR_FIELDS = frozenset(f"{stem}.{name}" for stem in PAIR_STEMS for name in IMAGE_FIELDS)
 CAPTION_FIELD = "txt"
 RECORD_FIELD = "json"
 MAX_FIELDS = 64
@@ -42,15 +45,15 @@ def split_name(name: str) -> tuple[str, str] | None:
     """Returns (key, field) of a member's name, None for names without a field (README, ._a.jpg).
 
     A field is all that follows the first dot of the last part, as in WebDataset; two parts are a field where
-    the second is `npy` (`moments.npy`). Raises TarError for other dotted keys, which WebDataset would take
-    for another sample's field.
+    the second is `npy` (`moments.npy`), and where they name a second picture (`before.jpg`). Raises TarError
+    for other dotted keys, which WebDataset would take for another sample's field.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem or not extension:
         return None
     extension = extension.lower()
-    if "." in extension.removesuffix(".npy"):
+    if "." in extension.removesuffix(".npy") and extension not in PAIR_FIELDS:
         raise TarError(
             f"member {name!r} has a dotted key: key {stem!r} with field {extension!r}, or key "
             f"{base.rpartition('.')[0]!r}? Write it with other characters than dots"

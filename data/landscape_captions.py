@@ -119,7 +119,7 @@ _SKY = {
 _STARRY = ("a starry sky", "a clear, starry sky", *_SKY[Sky.CLEAR][:3])
 _LOOK = {Sky.CLEAR: ("clear", "clear", "cloudless"), Sky.CLOUDY: ("cloudy", "cloudy", "overcast")}
 
-_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
+ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
 
 
 def caption(scene: Scene) -> str:
@@ -138,7 +138,7 @@ def caption(scene: Scene) -> str:
         sky=draw.choose(_STARRY if starry else _SKY[scene.sky]),
         look=draw.choose(_LOOK[scene.sky]),
     )
-    text = _ARTICLE.sub(r"\1n ", text)
+    text = ARTICLE.sub(r"\1n ", text)
     if draw.chance(0.4):
         text = text[0].upper() + text[1:]
         if draw.chance(0.6):

@@ -11,7 +11,6 @@ over `train` with `MomentsCollate(tokenize)` gives batches with `moments`, and `
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from data.batch import Batch
 from data.cache import ShardCache
-from data.fields import BadSample
+from data.fields import BadSample, append_line
+from data.handover import Handover
 from data.index import IndexView, open_split
-from data.moments_reader import MomentsReader, Text, place_of
+from data.moments_reader import CAPTION, MomentsReader, Place, Table, Text, place_of
 from data.npy import HEADER_BYTES
 from data.order import Order, Purpose, mix, uniforms
 from data.provenance import Provenance, read_provenance
-from data.shard_index import DataError, ShardIndex
+from data.shard_index import DataError
 from data.shards import MissingCaption
 
 MAX_IN_A_ROW = 100
+MAX_TABLES = 512  # shards of which a process holds what reading asks
 VAL_SEED = 0  # the held-out samples are read in one order whatever the run's seed
 
 
@@ -86,6 +87,11 @@ class MomentsDataset(Dataset[MomentsRows]):
         self.max_bad_fraction = max_bad_fraction
         self.bad_samples = bad_samples
         self._bad: set[tuple[str, str]] = set()
+        self._handover = Handover()
+        self._tables: dict[int, Table] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
 
     def __len__(self) -> int:
         return len(self.view)
@@ -109,20 +115,21 @@ class MomentsDataset(Dataset[MomentsRows]):
         index.
         """
         reader, count = self.reader, len(indices)
-        buffer = _buffer(count * reader.record_bytes)
+        buffer = self._handover.room((count * reader.record_bytes,))
         records = buffer.numpy().reshape(count, reader.record_bytes)
         headers = np.empty((count, HEADER_BYTES), np.uint8)
         places = self._places(indices)
-        words: list[tuple[str, Text | None]] = [("", None)] * count
+        captions = [""] * count
+        texts: list[Text | None] = [None] * count
         waiting, substituted = list(range(count)), 0
         for attempt in range(MAX_IN_A_ROW):
-            faults = reader.moments(places, waiting, headers, records)
-            for slot in waiting:
-                try:
-                    words[slot] = self._words(*places[slot])
-                except BadSample as error:
-                    faults.setdefault(slot, error)
-            failed = {slot: self._judge(*places[slot], error) for slot, error in faults.items()}
+            faults = reader.read(places, waiting, headers, records, None if self.with_text else captions)
+            if self.with_text:
+                self._read_texts(places, [slot for slot in waiting if slot not in faults], texts, faults)
+            elif self.missing_caption is MissingCaption.SKIP:
+                blank = (slot for slot in waiting if not captions[slot] and slot not in faults)
+                faults |= {slot: _NoCaptionError(CAPTION, "no caption") for slot in blank}
+            failed = {slot: self._judge(places[slot], error) for slot, error in faults.items()}
             waiting = sorted(failed)
             if not waiting:
                 break
@@ -136,29 +143,40 @@ class MomentsDataset(Dataset[MomentsRows]):
                 "again, or set data.missing_caption=UNCONDITIONAL where captions are missing"
             )
         return MomentsRows(
-            self._choose(buffer, indices),
-            [text for _, text in words if text is not None] if self.with_text else None,
+            self._choose(self._handover.give(buffer), indices),
+            [text for text in texts if text is not None] if self.with_text else None,
             list(indices),
-            [caption for caption, _ in words],
-            [index.key(row) for index, row in places],
+            captions,
+            [table.key(entry) for table, entry in places],
             substituted,
         )
 
-    def _places(self, indices: Sequence[int]) -> list[tuple[ShardIndex, int]]:
+    def _places(self, indices: Sequence[int]) -> list[Place]:
         _, shards, positions = self.order.orders(np.asarray(indices, np.int64))
-        return [self.view.sample(*place) for place in zip(shards.tolist(), positions.tolist(), strict=True)]
+        tables = self._tables
+        for number in set(shards.tolist()).difference(tables):
+            tables[number] = Table(self.view.index.shard(number), self.view.rows(number))
+        places = [tables[n].place(p) for n, p in zip(shards.tolist(), positions.tolist(), strict=True)]
+        while len(tables) > MAX_TABLES:
+            tables.pop(next(iter(tables)))
+        return places
 
-    def _words(self, index: ShardIndex, row: int) -> tuple[str, Text | None]:
-        """Returns the caption, or the text embeddings, of a row; raises BadSample if it may not lack them."""
-        if self.with_text:
-            text = self.reader.text(index, row)
-            caption, found = "", len(text[0]) > 0
-        else:
-            text, caption = None, self.reader.caption(index, row)
-            found = bool(caption)
-        if not found and self.missing_caption is MissingCaption.SKIP:
-            raise _NoCaptionError("txt", "no caption")
-        return caption, text
+    def _read_texts(
+        self,
+        places: list[Place],
+        slots: list[int],
+        texts: list[Text | None],
+        faults: dict[int, BadSample],
+    ) -> None:
+        """Reads the embeddings of the captions at `slots`, and adds what is wrong with them to `faults`."""
+        for slot in slots:
+            table, entry = places[slot]
+            try:
+                texts[slot] = found = self.reader.text(table.index, entry[0])
+                if not len(found[0]) and self.missing_caption is MissingCaption.SKIP:
+                    raise _NoCaptionError(CAPTION, "no caption")
+            except BadSample as error:
+                faults[slot] = error
 
     def _choose(self, buffer: Tensor, indices: list[int]) -> Tensor:
         """Returns one variant of each sample, [B 2C h w]; a view where there is only one."""
@@ -170,16 +188,17 @@ class MomentsDataset(Dataset[MomentsRows]):
         draws = uniforms(self.seed, np.asarray(indices, np.int64), Purpose.FLIP) * variants
         return every[torch.arange(len(indices)), torch.from_numpy(draws.astype(np.int64))]
 
-    def _judge(self, index: ShardIndex, row: int, error: BadSample) -> str:
+    def _judge(self, place: Place, error: BadSample) -> str:
         """Returns what is wrong with a sample, after counting and writing down damage; raises DataError."""
+        index, row = place[0].index, place[1][0]
         said = f"{place_of(index, row)} {error}"
-        place = (str(index.shard), index.key(row))
-        if isinstance(error, _NoCaptionError) or place in self._bad:
+        named = (str(index.shard), index.key(row))
+        if isinstance(error, _NoCaptionError) or named in self._bad:
             return said
-        self._bad.add(place)
+        self._bad.add(named)
         if self.bad_samples is not None:
-            entry = {"shard": place[0], "key": place[1], "field": error.field, "reason": error.reason}
-            _append(self.bad_samples, json.dumps(entry) + "\n")
+            entry = {"shard": named[0], "key": named[1], "field": error.field, "reason": error.reason}
+            append_line(self.bad_samples, json.dumps(entry))
         allowed = math.ceil(self.max_bad_fraction * len(self.view))
         if len(self._bad) > allowed:
             raise DataError(
@@ -191,24 +210,6 @@ class MomentsDataset(Dataset[MomentsRows]):
 
 class _NoCaptionError(BadSample):
     """The sample has no caption and the policy is to take another one."""
-
-
-def _buffer(size: int) -> Tensor:
-    """Returns `size` bytes; in a loader's worker shared ones, so that handing them over copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(size, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
-
-
-def _append(path: Path, line: str) -> None:
-    """Appends a line in one write, so that lines of several processes do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
 
 
 class MomentsCollate:

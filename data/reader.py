@@ -1,8 +1,9 @@
 """Bytes of samples, from local shards and copies of remote ones, each field compared with its crc32c.
 
-The fields of a sample lie side by side in a tar, so a sample is one `pread`. Descriptors are of the process
-that opened them. A failed read is tried again through a new descriptor of the same shard, so fields of two
-shards never mix. Use: `record = FieldReader().read(index, row, frozenset(["jpg"]))`; `record.take("jpg")`.
+The fields of a sample lie side by side in a tar, so the small ones are one `pread`. Descriptors are of the
+process that opened them. A failed read is tried again through a new descriptor of the same shard, so fields
+of two shards never mix. Use: `record = FieldReader().read(index, row, frozenset(["jpg"]))`;
+`record.take("jpg")`.
 """
 
 import os
@@ -20,6 +21,7 @@ from data.shard_index import DataError, ShardIndex
 MAX_OPEN_FILES = 128
 READ_ATTEMPTS = 4
 FIRST_WAIT = 0.05  # seconds before a failed read is tried again; doubled each time
+MAX_COPY = 1 << 15  # bytes of a field above which copying it out of others costs more than a call
 MAX_GAP = 1 << 14  # bytes of other fields that are read along rather than to read twice
 STILL_USED = 30.0  # seconds after which the cache is told that a copy is in use
 
@@ -67,7 +69,12 @@ class FieldReader:
         record, arrays = Record(self, index, row), index.arrays
         offsets, sizes = arrays["offsets"][row].tolist(), arrays["sizes"][row].tolist()
         crcs = arrays["crc32c"][row].tolist()
-        present = [(i, name) for i, name in _columns(index.header.fields, names) if offsets[i] >= 0]
+        present = []
+        for i, name in _columns(index.header.fields, names):
+            if sizes[i] > MAX_COPY and offsets[i] >= 0:
+                record.found[name] = self.bytes_at(index, row, offsets[i], sizes[i]), crcs[i]
+            elif offsets[i] >= 0:
+                present.append((i, name))
         if not present:
             return record
         first = min([offsets[i] for i, _ in present])

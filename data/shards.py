@@ -11,26 +11,26 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from data.caption_choice import CaptionChoice
+from data.fields import append_line
+from data.handover import Handover
 from data.index import IMAGE_FIELDS, DataError, IndexView, ShardIndex, diff
 from data.mixture import Joined, SamplePlan
 from data.order import Order, Purpose, mix, uniform, uniforms
-from data.reader import FieldReader
+from data.reader import FieldReader, Record
 from data.shard_index import is_address
-from data.transforms import BadSample, Decoder, ResizeCrop, decode_json
+from data.transforms import BadSample, Decoder, ResizeCrop, decode_json, image_size
 
 MAX_IN_A_ROW = 100
 PLAIN = CaptionChoice({"txt": 1.0})
@@ -48,7 +48,7 @@ class Sample:
     """One sample: `pixels` uint8 [3 H W], `caption` ("" is unconditional), `record` the JSON or {}.
 
     `index` is the global sample index asked for; `key` names what was read; `substituted` says that they
-    part.
+    part. `before` is the picture before the edit that the caption asks for, cropped as `pixels`.
     """
 
     index: int
@@ -57,6 +57,7 @@ class Sample:
     caption: str
     record: dict[str, Any]
     substituted: bool
+    before: Tensor | None = None
 
 
 class Rows(list[Sample]):
@@ -77,7 +78,8 @@ class ShardDataset(Dataset[Sample]):
     `views` are the sources and `order` what decides between and within them; an Order goes through the
     sources' shards together. `max_bad_fraction` of an epoch's samples, rounded up, may be unusable in one
     process, and no 100 in a row; then DataError. `bad_samples` is the file that collects them, a JSON object
-    a line; None writes none. Without `records` the JSON is read only where captions come from it.
+    a line; None writes none. Without `records` the JSON is read only where captions come from it. With
+    `before`, such as "before", samples are pairs, and that is the name of the first picture's field.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class ShardDataset(Dataset[Sample]):
         captions: CaptionChoice = PLAIN,
         reader: FieldReader | None = None,
         records: bool = True,
+        before: str = "",
     ) -> None:
         self.views = (views,) if isinstance(views, IndexView) else tuple(views)
         if isinstance(order, Order):
@@ -112,8 +115,12 @@ class ShardDataset(Dataset[Sample]):
         self.captions = captions
         self.reader = reader or FieldReader()
         self.records = records
-        self._wanted = frozenset((*IMAGE_FIELDS, *captions.names, *(["json"] if records else [])))
+        self._before = tuple(f"{before}.{name}" for name in IMAGE_FIELDS) if before else ()
+        self._wanted = frozenset(
+            (*IMAGE_FIELDS, *self._before, *captions.names, *(["json"] if records else []))
+        )
         self._bad: set[tuple[str, int]] = set()
+        self._handover = Handover()
 
     def __len__(self) -> int:
         return self.plan.samples
@@ -163,10 +170,15 @@ class ShardDataset(Dataset[Sample]):
         pixels = None
         if len(items) and (places.shapes == places.shapes[0]).all():
             width, height = self.shapes[int(places.shapes[0])]
-            pixels = _room((len(items), 3, height, width))
+            pixels = self._handover.room((len(items), 3, height, width))
         outs = [None] * len(items) if pixels is None else pixels.unbind()
         samples = [self._sample(*each) for each in zip(indices, rows, draws, outs, strict=True)]
-        return samples if pixels is None else Rows(samples, pixels)
+        if pixels is None:
+            return samples
+        given = self._handover.give(pixels)
+        if given is not pixels:
+            samples = [replace(s, pixels=each) for s, each in zip(samples, given.unbind(), strict=True)]
+        return Rows(samples, given)
 
     def _draws(self, items: np.ndarray) -> list[tuple[float, float, float]]:
         """Returns three draws for the crop of each item; what the crop does not use is not drawn."""
@@ -231,8 +243,36 @@ class ShardDataset(Dataset[Sample]):
         assert picture is not None
         target = crop[3]
         side = self.crop.resolution if target is None else _short_side(shard.image_size(row), target)
-        pixels = self.crop(self.decoder(picture, field, side=side), *crop)
-        return Sample(index, shard.key(row), pixels, caption, record, substituted)
+        image = self.decoder(picture, field, side=side)
+        before = self._first_of_pair(fields, image.size, shard.image_size(row), side, crop)
+        return Sample(index, shard.key(row), self.crop(image, *crop), caption, record, substituted, before)
+
+    def _first_of_pair(
+        self,
+        fields: Record,
+        decoded: tuple[int, int],
+        size: tuple[int, int],
+        side: int,
+        crop: tuple[float, float, float, tuple[int, int] | None, Tensor | None],
+    ) -> Tensor | None:
+        """Returns the picture before the edit, cropped and mirrored as the one after it, of `size` pixels.
+
+        None where samples are no pairs. Raises BadSample where it is missing, or of another size.
+        """
+        if not self._before:
+            return None
+        field = next((name for name in self._before if name in fields.found), None)
+        if field is None:
+            raise BadSample(self._before[0], "no picture before the edit; a pair has both")
+        data = fields.take(field)
+        assert data is not None
+        image = self.decoder(data, field, side=side)
+        if image.size != decoded and (mine := image_size(data)) != size:
+            raise BadSample(
+                field,
+                f"{mine[0]}x{mine[1]}, and the picture after it {size[0]}x{size[1]}; a pair has one size",
+            )
+        return self.crop(image, *crop[:4])
 
     def _count(self, place: tuple[str, int], shard: ShardIndex, error: BadSample) -> None:
         """Writes a bad sample down the first time this process meets it; raises DataError above the cap."""
@@ -246,7 +286,7 @@ class ShardDataset(Dataset[Sample]):
             "reason": error.reason,
         }
         if self.bad_samples is not None:
-            _append(self.bad_samples, json.dumps(entry) + "\n")
+            append_line(self.bad_samples, json.dumps(entry))
         samples = sum(len(view) for view in self.views)
         allowed = math.ceil(self.max_bad_fraction * samples)
         if len(self._bad) > allowed:
@@ -273,26 +313,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _room(shape: tuple[int, ...]) -> Tensor:
-    """Returns a uint8 tensor to be filled; in a loader's worker it is handed over without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    size = math.prod(shape)
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)).view(shape)
-
-
 def _short_side(size: tuple[int, int], target: tuple[int, int]) -> int:
     """Returns how many pixels the short side has of a picture (width, height) that just covers `target`."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(1, math.ceil(min(size) * scale))
-
-
-def _append(path: Path, line: str) -> None:
-    """Appends a line in one write, so that lines of several processes do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+from data.index_builder import PAIR_FIELDS
 from data.shard_index import DataError, ShardIndex, build_index, index_path, write_index
 from data.tar import BLOCK
 
@@ -26,8 +27,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
     The same samples give the same bytes. An existing shard is replaced whole or not at all. Raises DataError
     for a key that is empty, repeated, or holds dots or control characters, a field that is not lower-case
-    letters and digits (maybe with `.npy` after it), a sample without fields, and no samples; OSError where
-    the disk refuses.
+    letters and digits (maybe with `.npy` after it) nor a second picture's, a sample without fields, and no
+    samples; OSError where the disk refuses.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -57,7 +58,7 @@ def _write_sample(stream: BinaryIO, path: Path, key: str, fields: dict[str, byte
     if not fields:
         raise DataError(f"{path}: key {key!r} has no fields; give it at least one")
     for name in sorted(fields):
-        if not FIELD.fullmatch(name):
+        if not FIELD.fullmatch(name) and name not in PAIR_FIELDS:
             raise DataError(f"{path}: key {key!r} has a field {name!r}; name it with a-z, 0-9 and _")
         info = tarfile.TarInfo(f"{key}.{name}")
         info.size, info.mode = len(fields[name]), 0o444

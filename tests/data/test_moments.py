@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from data.batch import Batch
 from data.index import Index, IndexView
 from data.moments import MomentsCollate, MomentsDataset, open_moments
+from data.moments_reader import AROUND, Table
 from data.npy import HEADER_BYTES, encode_npy, npy_header, parse_header
 from data.order import GlobalBatchSampler, Order, Purpose, uniform
 from data.precompute import LeftOut, Output, PictureReader, SourceShard, source_shards, variant_draws
@@ -251,6 +252,40 @@ def test_damage_is_substituted_and_named(make: Make, tmp_path: Path, at: int) ->
         dataset(folder, max_bad_fraction=0.0).__getitems__(list(range(12)))
 
 
+def test_a_damaged_caption_is_named(make: Make, tmp_path: Path) -> None:
+    folder, log = make(), tmp_path / "bad.jsonl"
+    damage(folder / "00001.tar", b"picture 8", 3, b"x")
+    rows = dataset(folder, bad_samples=log, max_bad_fraction=0.1).__getitems__(list(range(12)))
+    assert "00008" not in rows.keys
+    assert rows.captions == [f"picture {int(key)}" for key in rows.keys]
+    (entry,) = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (entry["key"], entry["field"]) == ("00008", "txt")
+
+
+@pytest.mark.parametrize("size", [AROUND - 1536, AROUND + 1])  # the caption just comes along, and does not
+def test_a_caption_far_from_its_record_is_read_by_itself(tmp_path: Path, size: int) -> None:
+    samples = []
+    for i in range(3):
+        fields = {"moments.npy": encode_npy(moments(i)), "note": b"x" * size, "txt": b"picture %d" % i}
+        samples.append((f"{i:05d}", fields))
+    index = write_shard(tmp_path / "00000.tar", samples)
+    assert (Table(index, np.arange(3)).entries[:, 6] > 0).tolist() == [size < AROUND] * 3
+    view = IndexView(Index.open(str(tmp_path)))
+    rows = MomentsDataset(view, Order(view.counts, 3), MADE, 3).__getitems__([0, 1, 2])
+    assert sorted(rows.keys) == ["00000", "00001", "00002"]
+    assert rows.captions == [f"picture {int(key)}" for key in rows.keys]
+    assert [int(m[0, 0, 0]) for m in rows.moments] == [int(key) for key in rows.keys]
+
+
+def test_more_shards_than_a_process_holds(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.moments.MAX_TABLES", 1)
+    data = dataset(make(count=2, shards=4))
+    rows = data.__getitems__(list(range(8)))
+    assert sorted(rows.keys) == [f"{i:05d}" for i in range(8)]
+    assert [f"{int(m[0, 0, 0]):05d}" for m in rows.moments] == rows.keys
+    assert len(data._tables) == 1
+
+
 def test_a_cut_shard_stops_the_run(make: Make) -> None:
     data = dataset(make())
     shard = Path(str(data.view.index.headers[0].shard))
@@ -273,7 +308,7 @@ def test_a_failing_disk_is_tried_again_then_told(make: Make, monkeypatch: pytest
     monkeypatch.setattr("data.moments_reader.FIRST_WAIT", 0.0)
     monkeypatch.setattr(data.reader._files, "handle", failing)
     assert len(data.__getitems__([0]).keys) == 1
-    assert len(calls) == 4  # the moments three times, the caption once
+    assert len(calls) == 3  # the caption comes with the moments
     monkeypatch.setattr(data.reader._files, "handle", lambda shard: real("/nowhere"))
     with pytest.raises(DataError, match="read failed 4 times"):
         data.__getitems__([0])
@@ -428,10 +463,11 @@ def test_the_checksum_covers_the_record(make: Make) -> None:
         np.empty((1, HEADER_BYTES), np.uint8),
         np.empty((1, data.reader.record_bytes), np.uint8),
     )
-    assert data.reader.moments([place], [0], headers, records) == {}
+    assert data.reader.read([Table(index, np.array([row])).place(0)], [0], headers, records) == {}
     extent = index.extent(row, "moments.npy")
     assert extent is not None
     assert google_crc32c.value(headers.tobytes() + records.tobytes()) == extent.crc32c
     arrays = dict(index.arrays, crc32c=index.arrays["crc32c"] ^ 1)
-    faults = data.reader.moments([(replace(index, arrays=arrays), row)], [0], headers, records)
+    changed = Table(replace(index, arrays=arrays), np.array([row])).place(0)
+    faults = data.reader.read([changed], [0], headers, records)
     assert "crc32c is not" in str(faults[0])

@@ -11,6 +11,7 @@ import torch
 
 from data.index import DataError, Index, IndexView, build_index, index_path, write_index
 from data.order import Order
+from data.reader import FieldReader
 from data.shards import MissingCaption, ShardDataset
 from data.transforms import Decoder, ResizeCrop
 from data.writer import write_shard
@@ -61,6 +62,37 @@ def test_an_epoch_holds_every_sample_once_with_its_own_caption(make_shard) -> No
             assert sample.pixels[2].float().mean() == pytest.approx(int(sample.key) * 37 % 256, abs=4)
             assert (sample.pixels.shape, sample.record) == ((3, 8, 8), {"label": "x"})
             assert not sample.substituted
+
+
+def test_a_worker_keeps_nothing_of_what_it_gave(make_shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataset(make_shard(count=9))
+    expected = [data[i].pixels for i in range(8)]
+    monkeypatch.setattr("data.handover.get_worker_info", lambda: "a worker")
+    one, two = data.__getitems__([0, 1, 2, 3]), data.__getitems__([4, 5, 6, 7])
+    for given, first in ((one, 0), (two, 4)):
+        assert given.pixels.is_shared()
+        assert torch.equal(given.pixels, torch.stack(expected[first : first + 4]))
+        assert all(torch.equal(a.pixels, b) for a, b in zip(given, expected[first:], strict=False))
+
+
+def test_a_large_field_is_read_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"jpg": bytes(range(256)) * 200, "json": b"{}", "txt": b"words"}
+    index = write_shard(tmp_path / "a.tar", [("a", fields), ("b", {**fields, "jpg": b"small"})])
+    real, sizes = os.pread, []
+
+    def counted(handle: int, size: int, offset: int) -> bytes:
+        sizes.append(size)
+        return real(handle, size, offset)
+
+    monkeypatch.setattr("os.pread", counted)
+    reader, names = FieldReader(), frozenset(fields)
+    found = reader.read(index, 0, names)
+    assert {name: found.take(name) for name in names} == fields
+    assert sizes[0] == 51_200
+    assert len(sizes) == 2
+    found = reader.read(index, 1, names)
+    assert {name: found.take(name) for name in names} == {**fields, "jpg": b"small"}
+    assert len(sizes) == 3
 
 
 def test_a_sample_is_a_function_of_seed_and_index(make_shard) -> None:

@@ -230,6 +230,13 @@ def test_captions_are_clean_and_stay_so(text: str) -> None:
     assert not any(unicodedata.category(c) == "Cc" for c in clean)
 
 
+@given(st.text(st.characters(max_codepoint=0x2FF), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_plain_captions_come_to_the_same_by_the_short_way(text: str) -> None:
+    # What no short way is taken for: a word outside of ASCII at the end.
+    assert decode_caption(f"{text} é".encode()) == f"{decode_caption(text.encode())} é".strip()
+
+
 def test_captions() -> None:
     assert decode_caption("\ufeff a\tred\n\n  \x1b[31mcafe\u0301\0 ".encode()) == "a red [31mcafé"
     assert decode_caption("\u202eabc\u2069 👩\u200d🚀".encode()) == "abc 👩\u200d🚀"
@@ -289,6 +296,35 @@ def test_crops() -> None:
     assert ResizeCrop(64)(ramp(16, 12)).shape == (3, 64, 64)
     with pytest.raises(ValueError, match="resolution=0"):
         ResizeCrop(0)
+
+
+@pytest.mark.parametrize("size", [(96, 80), (31, 47), (24, 300), (10, 8)])
+def test_pixels_are_those_of_pillow(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
+    side = min(size)
+    left, top = ((length - side + 1) // 2 for length in size)
+    part = picture.crop((left, top, left + side, top + side)).resize((24, 24), Image.Resampling.BICUBIC)
+    difference = ResizeCrop(24)(picture).permute(1, 2, 0).int().numpy() - np.asarray(part).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_crop_is_of_whole_pixels_and_every_place_has_its_share() -> None:
+    picture, crop = ramp(20, 16), ResizeCrop(16, random_crop=True)
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    for left in range(5):
+        for x in (left / 5 + 1e-9, (left + 1) / 5 - 1e-9):
+            assert np.array_equal(crop(picture, x, 0.5).numpy(), pixels[:, :, left : left + 16])
+
+
+@pytest.mark.parametrize("target", [(24, 16), (16, 40), (8, 8)])
+def test_the_part_has_the_shape_of_the_target(target: tuple[int, int]) -> None:
+    pixels = ResizeCrop(16)(ramp(120, 120), target=target)
+    assert pixels.shape == (3, target[1], target[0])
+    # What is cut off lies evenly on both sides, and nothing is stretched: levels rise alike both ways.
+    steps = [float(pixels[c].float().mean(c).diff().mean()) for c in (0, 1)]
+    assert steps[0] == pytest.approx(steps[1], rel=0.08)
+    assert float(pixels[0].float().mean()) == pytest.approx(127, abs=1.5)
 
 
 def test_flips_follow_the_draw_and_only_where_asked() -> None:
