@@ -3,6 +3,7 @@
 python train.py                                   landscapes, rendered by the project: two stages, pictures
 python train.py experiment=flowers                another whole run
 python train.py data.shards=PATH stages=[autoencoder]
+python train.py base=runs/landscapes name=finer   begins with the networks of another run
 python train.py trainer.devices=2                 two processes, each with half of every batch
 python train.py --help                            groups, and every key with its value
 """
@@ -21,6 +22,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 
 from conf.cli import main
@@ -33,10 +35,14 @@ from data.progress import Progress
 from data.shards import ShardDataset
 from evaluation.report import contact_sheet, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
-from models.pipeline import MODEL_KEYS, Sampling, build_networks, check_size, load_pipeline, to_uint8
+from models.loading import MODEL_KEYS, build_networks, load_pipeline, read_sampling
+from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
+from models.sampling import Job
+from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.compute import Compute, allow_shapes, set_threads
 from models.stages.depends import differences
+from models.stages.dropout import check_dropout
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.launch import launch, stay_with_parent
 from models.stages.lock import run_lock
@@ -106,10 +112,18 @@ class Run:
             self.networks = build_networks(values)
         check_size("data.resolution", self.data.resolution, self.networks[0], self.networks[2].min_divisor)
         self.objective = build("objective", values["objective"])
-        if not 0 <= values["conditioning_dropout"] < 1:
+        try:
+            check_dropout(float(values["conditioning_dropout"]), self.networks[2])
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.networks[2].image_conditioning != bool(self.data.before):
             raise ConfigError(
-                f"conditioning_dropout is {values['conditioning_dropout']}, but must lie in [0, 1)"
+                f"backbone.image_conditioning is {self.networks[2].image_conditioning} and data.before is "
+                f"{self.data.before!r}, but a backbone that takes a picture is trained on pairs, and no "
+                "other is; set both or neither"
             )
+        if values["base"] is not None and StageName.diffusion not in self.names:
+            raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
         for name in self.names:
             if self.plans[name].batch_size % ranks.size:
                 raise ConfigError(
@@ -118,13 +132,7 @@ class Run:
                 )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
-        self.sampling = Sampling(
-            float(values["sampling"]["guidance_scale"]),
-            int(values["sampling"]["num_steps"]),
-            build("sampler", values["sampler"]),
-            build("grid", values["grid"]),
-            seed=0,
-        )
+        self.sampling = read_sampling(values)
         self.config = {key: values[key] for key in MODEL_KEYS if key in values}
         self.config |= {"resolution": self.data.resolution, "run": values}
         self.folder = run_folder(values)
@@ -137,6 +145,8 @@ class Run:
             ranks,
         )
         self.checkpoints: dict[StageName, Checkpoint | None] = {}
+        #: SHA-256 of the base, where the run begins with one.
+        self.base: str | None = None
         self.moments: tuple[MomentsDataset, MomentsDataset] | None = None
 
     def say(self, text: str) -> None:
@@ -187,7 +197,7 @@ class Run:
         if options.precomputed is None or StageName.diffusion not in self.names:
             return
         done = self.newest(StageName.autoencoder)
-        if done is None or done.images < self.plans[StageName.autoencoder].images:
+        if done is None or not self.is_done(StageName.autoencoder, done):
             raise CheckpointError(
                 f"{self.folder}: data.precomputed is set, but the autoencoder is not trained yet; run "
                 f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
@@ -220,16 +230,17 @@ class Run:
             CheckpointError: the folder holds a run that this configuration does not continue.
         """
         stages: list[Stage] = []
+        base = self.open_base()
         self.open_moments()
         for name in self.names:
             checkpoint = self.newest(name)
             self.checkpoints[name] = checkpoint
             if checkpoint is not None:
                 self.check_same(name, checkpoint)
-                if checkpoint.images >= self.plans[name].images:
-                    self.say(
-                        f"stage {name.name}: done, {checkpoint.images:,} images seen ({checkpoint.folder})"
-                    )
+                if self.is_done(name, checkpoint):
+                    seen = f"{checkpoint.images:,} images seen"
+                    told = "taken from the base" if is_handed_over(checkpoint) else seen
+                    self.say(f"stage {name.name}: done, {told} ({checkpoint.folder})")
                     continue
                 if not self.values["resume"]:
                     raise CheckpointError(
@@ -239,11 +250,51 @@ class Run:
             stage = self.build_stage(name)
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
+            elif base is not None:
+                base.start(stage)
             stages.append(stage)
         costs = [self.cost(stage) for stage in stages]
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
         return stages
+
+    def open_base(self) -> Base | None:
+        """The networks this run begins with; None where it is given none, or has begun.
+
+        The base's autoencoder becomes a checkpoint of this run.
+
+        Raises:
+            CheckpointError: a base that cannot be used, or another one than the run began with.
+        """
+        given = self.values["base"]
+        mine, begun = (self.newest(name) for name in (StageName.autoencoder, StageName.diffusion))
+        if begun is not None:
+            return None
+        if given is None:
+            if mine is not None and is_handed_over(mine) and StageName.diffusion in self.names:
+                raise CheckpointError(
+                    f"{mine.folder} came from a base, and the networks that go with it are not there yet; "
+                    "give the same base=... again, or give this run another name=..."
+                )
+            return None
+        base = Base.open(Path(given), self.values)
+        if mine is None:
+            if self.ranks.first:
+                folder = self.folder / StageName.autoencoder.name / "checkpoints"
+                base.hand_over_autoencoder(folder, self.config)
+            self.ranks.wait()
+        elif not same_autoencoder(mine, base):
+            raise CheckpointError(
+                f"{mine.folder} is another autoencoder than that of base={given}; "
+                "give this run another name=..."
+            )
+        self.base = base.sha256
+        self.say(f"begins with the networks of {given}")
+        return base
+
+    def is_done(self, name: StageName, checkpoint: Checkpoint) -> bool:
+        """Whether nothing is left to train of the stage that `checkpoint` is of."""
+        return checkpoint.images >= self.plans[name].images or is_handed_over(checkpoint)
 
     def newest(self, name: StageName) -> Checkpoint | None:
         """The last verified checkpoint of a stage, the same one on every rank."""
@@ -271,10 +322,15 @@ class Run:
         Raises:
             CheckpointError: naming the first few keys that differ.
         """
-        state = checkpoint.document("state")
-        differ = differences(name.name, checkpoint.document("config")["run"], self.values)
+        state, was = checkpoint.document("state"), checkpoint.document("config")["run"]
+        handed_over, given = is_handed_over(checkpoint), self.values["base"]
+        differ = (
+            apart(was, self.values, TAKEN[:1]) if handed_over else differences(name.name, was, self.values)
+        )
+        if given is not None and name is StageName.diffusion and was.get("base") != given:
+            differ.append(f"base was {was.get('base')}, now {given}")
         data = self.data_for(name).train
-        if state["dataset"] != data.fingerprint():
+        if not handed_over and state["dataset"] != data.fingerprint():
             found = changes(state["data"], data.describe()) if "data" in state else []
             told = "the shards hold other samples" + "".join(f"; {change}" for change in found[:5])
             if not self.data.allow_change:
@@ -330,6 +386,9 @@ class Run:
             stage.load_autoencoder(tensors, str(self.folder))
             fingerprints["autoencoder"] = fingerprint(tensors)
             before = self.checkpoints[name]
+            base = self.base if before is None else before.document("state").get("base")
+            if base is not None:
+                fingerprints["base"] = base
             if before is not None and before.document("state")["autoencoder"] != fingerprints["autoencoder"]:
                 raise CheckpointError(
                     f"{before.folder} was trained on the latents of another autoencoder than this run's; "
@@ -342,7 +401,10 @@ class Run:
                 pictures = to_uint8(stage.pictures(first)).cpu()
             else:
                 pipeline = stage.pipeline(self.data.resolution)
-                pictures = pipeline(first.captions, range(len(first)), self.sampling)
+                pairs = [None] * len(first) if first.before is None else first.before
+                told = zip(first.captions, pairs, strict=True)
+                jobs = [Job(caption, k, before=before) for k, (caption, before) in enumerate(told)]
+                pictures = pipeline.generate(jobs, self.sampling)
             return save_sheet(self.folder / stage.name / "pictures" / f"{images_seen:012d}.png", pictures)
 
         def finish() -> None:
@@ -391,7 +453,12 @@ class Run:
             make_report(run, pipeline, self.sampling, samples, self.rendered is not None, began, config)
         print(f"\nPictures of held-out prompts: {run / 'contact_sheet.png'}")
         print(f"Report: {run / 'report.html'} (figures: {run / 'report.json'})")
-        print(f'Next: python sample.py checkpoint={run} prompt="{self.val_set[0].caption}"')
+        first = self.val_set[0]
+        image = ""
+        if first.before is not None:
+            image = f" image={run / 'before.png'}"
+            Image.fromarray(first.before.permute(1, 2, 0).numpy()).save(run / "before.png")
+        print(f'Next: python sample.py checkpoint={run}{image} prompt="{first.caption}"')
 
 
 def run_folder(values: dict[str, Any]) -> Path:

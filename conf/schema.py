@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.datamodule import ShardData
-from data.rendered import RenderedLandscapes
+from data.rendered import RenderedEdits, RenderedLandscapes
 from models.registry import REGISTRY, Part, children, construct, options
 from models.stages.compute import TrainerOptions
 from models.stages.keep import Keep
@@ -32,7 +32,7 @@ TRAINING: dict[str, dict[str, Part]] = {
     "plan/diffusion": {"plan": Plan},
     "reconstruction": {"pixels": ReconstructionLoss},
     "data": {"shards": ShardData},
-    "rendered": {"landscapes": RenderedLandscapes},
+    "rendered": {"landscapes": RenderedLandscapes, "landscape_edits": RenderedEdits},
     "trainer": {"options": TrainerOptions},
     "keep": {"checkpoints": Keep},
     "logger": {"csv": CsvLog, "wandb": WandbLog, "tensorboard": TensorboardLog},
@@ -50,8 +50,9 @@ class StageName(Enum):
 class SamplingConfig:
     """How pictures are made while and after training, and by default from the checkpoint."""
 
-    num_steps: int = 16
+    num_steps: int = 10
     guidance_scale: float = 3.0
+    image_guidance_scale: float = 1.5  # of the picture that is edited, where the backbone takes one
 
 
 @dataclasses.dataclass
@@ -59,6 +60,7 @@ class TrainConfig:
     """What `train.py` is told; every group is filled in from the defaults list of `train.yaml`."""
 
     name: str | None = None
+    base: str | None = None  # a run folder or exported file whose networks this run begins with
     seed: int = 0
     stages: list[StageName] = dataclasses.field(default_factory=lambda: list(StageName))
     resume: bool = False
@@ -71,6 +73,7 @@ class TrainConfig:
     objective: Any = MISSING
     sampler: Any = MISSING
     grid: Any = MISSING
+    guidance: Any = MISSING
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     plan: Any = MISSING
     optimizer: Any = MISSING
@@ -84,22 +87,45 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class SampleConfig:
-    """What `sample.py` is told."""
+    """What `sample.py` is told; None is as the checkpoint was trained to be sampled, or else nothing."""
 
     checkpoint: str | None = None
     prompt: Any = None  # a string, or a list of strings
     prompts_file: str | None = None
-    num_images: int = 4
+    negative_prompt: str = ""
+    other_prompt: str | None = None  # the pictures of a prompt lead from it to this one
+    num_images: int = 4  # of each prompt
     seed: int = 0
-    guidance_scale: float | None = None  # None: as the checkpoint was trained to be sampled
     num_steps: int | None = None
+    guidance_scale: float | None = None
+    guide_checkpoint: str | None = None  # a weaker or earlier one that guides instead of the empty prompt
+    size: Any = None  # pixels a side, or [width,height]
+    tiled: bool = False
+    wrap: bool = False
+    variation: float | None = None
+    variation_seed: int | None = None
+    image: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    extend: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0, 0])
+    feather: int | None = None
+    repaint: int | None = None
+    image_guidance_scale: float | None = None
+    sampler: Any = None
+    grid: Any = None
+    guidance: Any = None
     batch_size: int = 16
-    size: int | None = None  # pixels; None: the training resolution
     device: str = "auto"
-    output: str = "samples"
+    output: str | None = None  # None: a folder of samples/ for each request
+    overwrite: bool = False
+    format: str = "png"
+    quality: int = 95
+    watermark: str = ""
+    certificate: str | None = None
+    private_key: str | None = None
+    algorithm: str = "es256"
+    verify: str | None = None
     debug: bool = False
-    sampler: Any = MISSING
-    grid: Any = MISSING
 
 
 def register() -> None:

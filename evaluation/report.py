@@ -19,10 +19,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.landscape_edits import draw_edit
 from data.progress import Progress
 from data.shards import Sample
 from evaluation.adherence import AdherenceJudge, JudgeError, load_judge, save_judge, score, train_judge
-from models.pipeline import Pipeline, Sampling
+from evaluation.editing import Edited, renders, score_edits
+from models.pipeline import Pipeline
+from models.sampling import Job, Sampling
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -72,6 +75,16 @@ def contact_sheet(
             lines = _wrap(draw, captions[i], font, W * scale)[:3]
             draw.multiline_text((x, y + H * scale + 3), "\n".join(lines), (70, 76, 88), font, spacing=2)
     return sheet
+
+
+def edit_sheet(before: Tensor, made: Tensor, after: Tensor, instructions: Sequence[str]) -> Image.Image:
+    """A sheet of edits, three pictures each: before, as `made` over its instruction, after.
+
+    Pictures are uint8 `[N 3 H W]`, and the `instructions` N.
+    """
+    pictures = torch.stack([before, made, after], 1).flatten(0, 1)
+    captions = [text for instruction in instructions for text in ("before", instruction, "true after")]
+    return contact_sheet(pictures, captions, columns=9)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -156,8 +169,13 @@ def make_report(
         config: shown at the end of the page.
     """
     captions = [sample.caption for sample in samples]
+    pairs = all(sample.before is not None for sample in samples)
     with Progress("sampling held-out prompts", len(captions)) as progress:
-        made = pipeline(captions, range(len(captions)), sampling, progress=progress.update)
+        made = pipeline.generate(
+            [Job(sample.caption, k, before=sample.before) for k, sample in enumerate(samples)],
+            sampling,
+            progress=progress.update,
+        )
     metrics = {
         stage: read_metrics(folder / stage / "metrics.jsonl") for stage in ("autoencoder", "diffusion")
     }
@@ -167,6 +185,8 @@ def make_report(
         images = made.float() / 127.5 - 1
         figures["adherence"] = score(judge, images, [sample.record for sample in samples])
         figures["judge"] = dict(judge.card.accuracies)
+        if pairs:
+            figures["editing"] = score_edits(judge, _edited(samples, made))
     figures |= {
         "psnr_db": _last(metrics["autoencoder"], "val_psnr_db"),
         "autoencoder_val_loss": _last(metrics["autoencoder"], "val_loss"),
@@ -176,11 +196,15 @@ def make_report(
         "seconds": time.perf_counter() - began,
     }
     real = torch.stack([sample.pixels for sample in samples[:SHOWN]])
-    pictures = {
-        "Contact sheet": contact_sheet(made[:SHOWN], captions[:SHOWN]),
-        "Held-out images": contact_sheet(real, captions[:SHOWN]),
-        "Curves": curves(metrics),
-    }
+    if pairs:
+        before = torch.stack([sample.before for sample in samples[:SHOWN] if sample.before is not None])
+        pictures = {"Contact sheet": edit_sheet(before, made[:SHOWN], real, captions[:SHOWN])}
+    else:
+        pictures = {
+            "Contact sheet": contact_sheet(made[:SHOWN], captions[:SHOWN]),
+            "Held-out images": contact_sheet(real, captions[:SHOWN]),
+        }
+    pictures["Curves"] = curves({stage: lines for stage, lines in metrics.items() if lines})
     write_report(folder, f"Firstlight: {folder.name}", figures, pictures, config)
     for line in _lines(figures):
         print(line)
@@ -197,6 +221,14 @@ def find_judge(folder: Path) -> AdherenceJudge:
         return judge
 
 
+def _edited(samples: Sequence[Sample], made: Tensor) -> Edited:
+    """Rendered pairs with the pictures `made` uint8 `[N 3 H W]` of them, beside their exact renders."""
+    edits = [draw_edit(int(sample.record["seed"]), int(sample.record["index"])) for sample in samples]
+    side = made.shape[-1]
+    before = renders([edit.before for edit in edits], side)
+    return Edited(edits, before, made, renders([edit.after for edit in edits], side))
+
+
 def _last(metrics: Sequence[Mapping[str, float]], key: str) -> float | None:
     return next((line[key] for line in reversed(metrics) if key in line), None)
 
@@ -207,6 +239,9 @@ def _lines(figures: Mapping[str, Any]) -> list[str]:
     if "adherence" in figures:
         shares = ", ".join(f"{key} {value:.1%}" for key, value in figures["adherence"].items())
         lines.append(f"Adherence of pictures to their prompts: {shares}")
+    if "editing" in figures:
+        kept = ", ".join(f"{key} {value:.1%}" for key, value in figures["editing"]["kept"].items())
+        lines.append(f"Edits that did what they were told: {figures['editing']['changed']:.1%}; kept {kept}")
     if figures["psnr_db"] is not None:
         lines.append(f"Held-out reconstruction: {figures['psnr_db']:.2f} dB PSNR")
     return lines

@@ -114,7 +114,7 @@ def unet_config(unet: UNet, sample_size: int | None = None) -> dict[str, Any]:
     pooled = unet.pooled_embedding is not None
     return {
         "sample_size": sample_size,
-        "in_channels": unet.latent_channels,
+        "in_channels": unet.latent_channels * (2 if unet.image_conditioning else 1),
         "out_channels": unet.latent_channels,
         "block_out_channels": unet.channels,
         "layers_per_block": unet.blocks_per_level,

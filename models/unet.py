@@ -2,8 +2,8 @@
 
 Notable choices: the layout of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752) from 3 M parameters
 to the 866 M of Stable Diffusion 2, with three switches that diffusers knows too (scale and shift modulation,
-pooled text added to the noise level, norm groups) and one of our own (a learned position map). A
-zero-initialised output convolution makes a fresh network predict 0 everywhere.
+pooled text added to the noise level, norm groups) and two of our own (a learned position map, a picture to be
+edited beside `x`). A zero-initialised output convolution makes a fresh network predict 0 everywhere.
 
 Used as the backbone of a denoiser; knows nothing of schedules or losses.
 """
@@ -136,8 +136,10 @@ class UNet(nn.Module):
     pooled text to the noise-level embedding. `position_size` s > 0 adds a learned map [1 C0 s s], scaled by
     that embedding, to the first feature map, resized bilinearly for latents of another size. With
     `patch_size` p the network works on patches of p x p latents, p*p times the channels on a grid of 1/p
-    the side (Dosovitskiy et al. 2020, arXiv:2010.11929), at 1/p^2 of the cost. The defaults
-    are Stable Diffusion 2 (with `conditioning_dim=1024`). Raises ValueError for settings that do not divide.
+    the side (Dosovitskiy et al. 2020, arXiv:2010.11929), at 1/p^2 of the cost. `image_conditioning` puts the
+    picture that the conditioning holds beside `x`, 2C channels in all (InstructPix2Pix, Brooks et al. 2023,
+    arXiv:2211.09800, section 3.2); of a conditioning without one it sees zeros. The defaults are Stable
+    Diffusion 2 (with `conditioning_dim=1024`). Raises ValueError for settings that do not divide.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class UNet(nn.Module):
         position_size: int = 0,
         patch_size: int = 1,
         norm_groups: int = 32,
+        image_conditioning: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1:
@@ -167,6 +170,7 @@ class UNet(nn.Module):
         self.scale_shift = scale_shift
         self.norm_groups = norm_groups
         self.patch_size = patch_size
+        self.image_conditioning = image_conditioning
         patch_channels = latent_channels * patch_size**2
 
         time_width = 4 * channels[0]
@@ -180,7 +184,7 @@ class UNet(nn.Module):
             nn.init.zeros_(self.position_gain.bias)
 
         plan = BlockPlan(time_width, conditioning_dim, head_dim, norm_groups, scale_shift)
-        self.conv_in = nn.Conv2d(patch_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(patch_channels * (2 if image_conditioning else 1), channels[0], 3, padding=1)
         self.down, skips = build_down(plan, self.channels, blocks_per_level, self.transformer_depth)
         self.middle = MiddleLevel(plan, channels[-1], middle_depth(self.transformer_depth))
         self.up = build_up(plan, self.channels, blocks_per_level, self.transformer_depth, skips)
@@ -196,9 +200,11 @@ class UNet(nn.Module):
         """The network's output [B C h w] for `x` [B C h w] at noise level `c_noise` [B].
 
         `c_noise` is what the sines see: 0 to 1000 in Stable Diffusion. Raises ValueError for latents whose
-        height or width `min_divisor` does not divide.
+        height or width `min_divisor` does not divide, and for a picture of another shape than `x`, or one
+        that the network does not take.
         """
         check_size(x.shape[2], x.shape[3], self.min_divisor)
+        x = self.beside(x, conditioning.image)
         time = self.time_embedding(noise_embedding(c_noise, self.channels[0]).to(x.dtype))
         if self.pooled_embedding is not None:
             time = time + self.pooled_embedding(conditioning.pooled.to(x.dtype))
@@ -218,6 +224,27 @@ class UNet(nn.Module):
         for up in self.up:
             x = up(x, [skips.pop() for _ in range(self.blocks_per_level + 1)], time, context, mask)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+
+    def beside(self, x: Tensor, image: Tensor | None) -> Tensor:
+        """What the first convolution sees: `x` [B C h w], with `image_conditioning` beside the picture's.
+
+        A network that takes no picture and is given one would not edit but invent: ValueError.
+        """
+        if not self.image_conditioning:
+            if image is not None:
+                raise ValueError(
+                    "the conditioning holds a picture, but this backbone takes none: train one with "
+                    "backbone.image_conditioning=true"
+                )
+            return x
+        if image is None:
+            image = torch.zeros_like(x)
+        if image.shape != x.shape:
+            raise ValueError(
+                f"the picture's latents are {tuple(image.shape)} and x is {tuple(x.shape)}: both are of one "
+                "shape"
+            )
+        return torch.cat([x, image.to(x.dtype)], dim=1)
 
 
 def middle_depth(transformer_depth: tuple[int, ...]) -> int:

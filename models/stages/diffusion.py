@@ -1,4 +1,8 @@
-"""The diffusion stage: latents and captions in, a denoiser out; the text encoder is trained along with it."""
+"""The diffusion stage: latents and captions in, a denoiser out; the text encoder is trained along with it.
+
+Where the backbone takes a picture, a batch is of pairs: the stage learns to make the second picture of the
+first and of an instruction (InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800).
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,8 +17,10 @@ from models.autoencoder import Autoencoder
 from models.conditioning import Conditioning
 from models.diffusion.draws import Draws, Purpose
 from models.diffusion.objective import Backbone, Objective
-from models.pipeline import Pipeline, load_weights
+from models.loading import load_weights
+from models.pipeline import Pipeline
 from models.stages.compute import Compute
+from models.stages.dropout import check_dropout, without_picture, without_text
 from models.stages.ema import Ema
 from models.stages.encoding import is_frozen
 from models.stages.guard import Guard
@@ -35,7 +41,8 @@ class DiffusionStage(LightningModule):
         text_encoder: trained where it has parameters that require gradients.
         backbone: the denoiser's network.
         objective: the loss.
-        conditioning_dropout: probability of training without the caption, which guidance needs.
+        conditioning_dropout: probability of training without the caption, which guidance needs; for pairs
+            also that of training without the picture, half of it together.
         optimizer: its settings.
         plan: how long and in which portions.
         compute: where and in which precision.
@@ -59,8 +66,7 @@ class DiffusionStage(LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if not 0 <= conditioning_dropout < 1:
-            raise ValueError(f"conditioning_dropout is {conditioning_dropout}, but must lie in [0, 1)")
+        check_dropout(conditioning_dropout, backbone)
         self.networks = nn.ModuleDict({"text_encoder": text_encoder, "backbone": backbone})
         self.text_encoder = text_encoder
         self.backbone = backbone
@@ -105,8 +111,22 @@ class DiffusionStage(LightningModule):
         with self.compute.autocast():
             x0 = self._latents(batch, draws)
             conditioning, null = self._conditioning(text_encoder, batch)
-            dropped = draws.uniform(Purpose.CONDITIONING_DROPOUT) < dropout
-            return self.objective(backbone, x0, conditioning.replace(dropped, null), draws)
+            u = draws.uniform(Purpose.CONDITIONING_DROPOUT)
+            told = conditioning.replace(without_text(u, dropout), null)
+            if self.backbone.image_conditioning:
+                told = told.with_image(
+                    self._before(batch) * ~without_picture(u, dropout)[:, None, None, None]
+                )
+            return self.objective(backbone, x0, told, draws)
+
+    @torch.no_grad()
+    def _before(self, batch: Batch) -> Tensor:
+        """The latents of the pictures to be edited, at their posterior's mean: one picture, one meaning."""
+        if batch.before is None:
+            raise ValueError("the backbone takes a picture and the batch has none; set data.before")
+        autoencoder = self._autoencoder[0]
+        moments = autoencoder.encode(self.compute.lay_out(batch.images_before)).float()
+        return self.compute.lay_out(autoencoder.mode(moments))
 
     def _conditioning(self, text_encoder: TextEncoder, batch: Batch) -> tuple[Conditioning, Conditioning]:
         """That of the batch and that of the empty caption (B = 1), encoded, or from stored embeddings.
@@ -159,8 +179,9 @@ class DiffusionStage(LightningModule):
         """Makes pictures with the averaged weights."""
         text_encoder, backbone = self._averaged()
         return Pipeline(
-            self._autoencoder[0], text_encoder, backbone, self.objective, resolution, self.compute.autocast
-        )
+            self._autoencoder[0], text_encoder, backbone, self.objective, resolution,
+            autocast=self.compute.autocast,
+        )  # fmt: skip
 
     def _averaged(self) -> tuple[TextEncoder, UNet]:
         text_encoder, backbone = self.ema.network["text_encoder"], self.ema.network["backbone"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from models.checkpoint import Checkpoint, CheckpointError
-from models.pipeline import load_weights
+from models.loading import load_weights
 from models.stages.compute import Compute
 from models.stages.ema import Ema
 from models.stages.plan import Plan

@@ -253,3 +253,55 @@ def test_traces_as_one_graph(conditioning: Conditioning, x: torch.Tensor, rng: t
 
     traced = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(x, conditioning), step(x, conditioning), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def editor(rng: torch.Generator) -> UNet:
+    network = UNet(
+        4, WIDTH, channels=(16, 24), blocks_per_level=1, transformer_depth=(0, 1), head_dim=8,
+        patch_size=2, norm_groups=8, image_conditioning=True,
+    )  # fmt: skip
+    randomise(network, rng)
+    return network
+
+
+@torch.no_grad()
+def test_a_picture_beside_x_matters(
+    editor: UNet, conditioning: Conditioning, x: torch.Tensor, rng: torch.Generator
+) -> None:
+    image = torch.randn(x.shape, generator=rng)
+    told = editor(x, C_NOISE, conditioning.with_image(image))
+    assert told.shape == x.shape
+    nothing = editor(x, C_NOISE, conditioning.with_image(torch.zeros_like(x)))
+    assert not torch.allclose(told, nothing)
+    assert torch.equal(editor(x, C_NOISE, conditioning), nothing), "no picture is a picture of zeros"
+    alone = editor(x, C_NOISE, conditioning.with_image(torch.stack([image[0], torch.zeros_like(image[1])])))
+    torch.testing.assert_close(alone[0], told[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone[1], nothing[1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_first_inputs_are_those_of_x(
+    editor: UNet, conditioning: Conditioning, x: torch.Tensor, rng: torch.Generator
+) -> None:
+    """With zeros for the second half of the first convolution the picture is not seen, and x is as ever."""
+    plain = UNet(
+        4, WIDTH, channels=(16, 24), blocks_per_level=1, transformer_depth=(0, 1), head_dim=8,
+        patch_size=2, norm_groups=8,
+    )  # fmt: skip
+    state = editor.state_dict()
+    inputs = plain.conv_in.weight.shape[1]
+    assert state["conv_in.weight"].shape[1] == 2 * inputs
+    plain.load_state_dict(state | {"conv_in.weight": state["conv_in.weight"][:, :inputs]})
+    editor.conv_in.weight[:, inputs:] = 0
+    told = conditioning.with_image(torch.randn(x.shape, generator=rng))
+    torch.testing.assert_close(editor(x, C_NOISE, told), plain(x, C_NOISE, conditioning))
+
+
+def test_pictures_that_do_not_fit_are_refused(
+    editor: UNet, unet: UNet, conditioning: Conditioning, x: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="this backbone takes none"):
+        unet(x, C_NOISE, conditioning.with_image(x))
+    with pytest.raises(ValueError, match="both are of one shape"):
+        editor(x, C_NOISE, conditioning.with_image(x[:, :, :4, :4]))

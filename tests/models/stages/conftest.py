@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.batch import Batch
-from models.pipeline import build_networks
+from models.loading import build_networks
 from models.registry import build
 from models.stages.autoencoder import AutoencoderStage
 from models.stages.compute import Compute

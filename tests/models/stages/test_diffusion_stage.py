@@ -1,6 +1,7 @@
 """The diffusion stage: its loss is a function of samples, not of batches, and it learns."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 from data.batch import Batch
 from models.conditioning import Conditioning
+from models.diffusion.draws import Draws, Purpose
+from models.portions import PortionedBackbone
+from models.stages.dropout import check_dropout, without_picture, without_text
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
@@ -100,5 +104,62 @@ def test_it_learns_one_batch(make_stage: MakeStage, make_batch: MakeBatch) -> No
 
 def test_its_pictures_are_the_pipelines(stage: Any) -> None:
     pipeline = stage.pipeline(16)
-    assert pipeline.denoiser.backbone is stage.ema.network["backbone"]
+    network = pipeline.denoiser.backbone  # called on portions on a CPU
+    assert isinstance(network, PortionedBackbone)
+    assert network.backbone is stage.ema.network["backbone"]
+    assert pipeline.autocast == stage.compute.autocast
     assert pipeline.resolution == 16
+
+
+@pytest.fixture
+def editor(make_stage: MakeStage, tiny_config: dict[str, Any]) -> Any:
+    return make_stage("diffusion", backbone=tiny_config["backbone"] | {"image_conditioning": True})
+
+
+def paired(batch: Batch) -> Batch:
+    return replace(batch, before=batch.pixels.flip(3))
+
+
+def test_dropout_of_pairs_is_by_one_number(editor: Any, make_batch: MakeBatch) -> None:
+    """Each of text, both and picture is left out for half of p; all else is told."""
+    batch, seen = paired(make_batch(64)), []
+
+    def backbone(x: torch.Tensor, c_noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        seen.append(conditioning)
+        return torch.zeros_like(x)
+
+    p = 0.4
+    for dropout in (0.0, p):
+        editor._loss(editor.text_encoder, backbone, batch, 0, dropout)
+    whole, told = seen
+    u = Draws(0, batch.indices).uniform(Purpose.CONDITIONING_DROPOUT)
+    latents = editor._autoencoder[0].mode(editor._autoencoder[0].encode(batch.images_before))
+    assert whole.image is not None
+    assert told.image is not None
+    torch.testing.assert_close(whole.image, latents)
+    null = editor.text_encoder.encode([""]).pooled[0]
+    for i in range(64):
+        no_text, no_picture = u[i] < p, p / 2 <= u[i] < 1.5 * p
+        assert torch.allclose(told.pooled[i], null if no_text else whole.pooled[i], atol=1e-5)
+        assert torch.equal(told.image[i], whole.image[i] * (not no_picture))
+
+
+def test_shares_of_dropout() -> None:
+    u = torch.arange(100_000) / 100_000
+    text, picture = without_text(u, 0.1), without_picture(u, 0.1)
+    shares = [(text & ~picture), (text & picture), (~text & picture), ~(text | picture)]
+    assert [each.float().mean().item() for each in shares] == pytest.approx(
+        [0.05, 0.05, 0.05, 0.85], abs=1e-4
+    )
+
+
+def test_pairs_and_dropout_are_checked(editor: Any, make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    with pytest.raises(ValueError, match=r"set data\.before"):
+        losses(editor, make_batch(4))
+    with pytest.raises(ValueError, match="at most 2/3"):
+        check_dropout(0.7, editor.backbone)
+    assert losses(editor, paired(make_batch(4))).shape == (4,)
+
+
+def test_a_stage_without_pairs_never_looks_at_them(stage: Any, make_batch: MakeBatch) -> None:
+    assert torch.equal(losses(stage, paired(make_batch(4))), losses(stage, make_batch(4)))
