@@ -15,7 +15,7 @@ demo: .venv/.installed  ## train a small model on this machine, from rendered la
 	@.venv/bin/python train.py resume=true
 
 test: .venv/.installed  ## the tests
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile
 
 slow: .venv/.installed  ## the tests that take minutes, and those of several processes
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -m 'slow or distributed'

@@ -63,6 +63,7 @@ class Pipeline:
     ) -> None:
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
+        self.backbone = backbone
         self.device = autoencoder.latent_mean.device
         self.portioned = self.device.type == "cpu"
         network = PortionedBackbone(backbone) if self.portioned else backbone

@@ -26,7 +26,6 @@ from models.diffusers_layout import (
     unet_to_diffusers,
 )
 from models.loading import export, load_pipeline
-from models.unet import UNet
 
 CHECKPOINT, ENVIRONMENT, INTERRUPTED = 4, 5, 130
 
@@ -90,8 +89,7 @@ def export_diffusers(run: Path, folder: Path) -> None:
         OSError: a file cannot be written.
     """
     pipeline, _, _ = load_pipeline(run, torch.device("cpu"))
-    unet, autoencoder = pipeline.denoiser.backbone, pipeline.autoencoder
-    assert isinstance(unet, UNet)
+    unet, autoencoder = pipeline.backbone, pipeline.autoencoder
     try:
         config = unet_config(unet, pipeline.resolution // autoencoder.factor)
         tensors = unet_to_diffusers(unet.state_dict())
