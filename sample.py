@@ -28,7 +28,7 @@ from conf.schema import plain
 from data.credentials import Signer, read_credentials
 from data.fields import BadSample, decode_caption
 from data.index import DataError
-from data.pictures import Look, encode_picture, PictureFormat, fit, read_mask, read_picture, read_record
+from data.pictures import Look, PictureFormat, encode_picture, fit, read_mask, read_picture, read_record
 from evaluation.gallery import Work, make
 from models.canvas import extended
 from models.loading import load_pipeline

@@ -76,7 +76,7 @@ class Signer:
 
 
 def read_credentials(path: Path) -> dict[str, Any] | None:
-    """Returns `state` ("Valid", "Trusted" or "Invalid"), `issuer` and `problems`; None without credentials."""
+    """Returns `state` ("Valid", "Trusted", "Invalid"), `issuer` and `problems`; None without credentials."""
     import c2pa
 
     try:

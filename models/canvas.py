@@ -1,7 +1,7 @@
 """Masks and margins in pixels: what is painted, what stays to the bit, and how the two meet.
 
-A mask is float32 `[B 1 H W]` in [0, 1], 1 where a picture is painted. Used by `models.pipeline` for inpainting
-and outpainting; the mathematics on latents is `models.diffusion.editing`.
+A mask is float32 `[B 1 H W]` in [0, 1], 1 where a picture is painted. Used by `models.pipeline` for painting
+in pictures and around them; the mathematics on latents is `models.diffusion.editing`.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Matrix and convolution kernels are chosen by the shape of the batch, and sum in another order for another
 shape: the same row then differs in its last bits, and now and then by a level in a picture. On a CPU every
 call is therefore made with one fixed number of rows, the last ones repeated where there are fewer; within a
-call of one shape the place of a row changes nothing. The number depends on the size of what a row holds alone.
+call of one shape the place of a row changes nothing. The number depends on the size of a row's content alone.
 Used by `models.pipeline`.
 """
 

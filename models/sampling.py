@@ -1,7 +1,7 @@
 """What a picture is asked for: `Job` is one picture, `Sampling` what all pictures of a request share.
 
-Both are plain values, checked when they are made, so that a command, the evaluation and a page refuse the same
-numbers with the same words. Used by `models.pipeline`.
+Both are plain values, checked when they are made, so that a command, the evaluation and a page refuse the
+same numbers with the same words. Used by `models.pipeline`.
 """
 
 import math

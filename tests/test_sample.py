@@ -201,20 +201,20 @@ def test_a_prompt_longer_than_the_text_encoder_reads(command: Command, tmp_path:
 
 #: Values for the fuzzer: sensible, at the edge, out of range, of the wrong type.
 POOL: dict[str, list[str]] = {
-    "prompt": ["sea", "", "a,b=c", "{x: 1}", "[sea,hills]", "[]", "\u05d9\u05dd", "\U0001f30a", "'", "${x}", "null", "\\"],
+    "prompt": ["sea", "", "a,b=c", "{x: 1}", "[sea,hills]", "[]", "\u05d9", "\U0001f30a", "'", "${x}", "\\"],
     "negative_prompt": ["", "fog", "[a]", "${oc.env:HOME}"],
     "other_prompt": ["hills", "", "null"],
     "num_images": ["1", "2", "0", "-1", "x", "1e3", "null"],
     "num_steps": ["1", "2", "0", "-5", "99999", "1.5", "null", "inf"],
     "guidance_scale": ["1", "0", "-3", "7.5", "nan", "inf", "-inf", "1e30", "x"],
-    "size": ["16", "24", "0", "-16", "20", "[16,24]", "[16]", "[1,2,3]", "x", "1e9", "100000", "null", "{a: 1}"],
+    "size": ["16", "24", "0", "-16", "20", "[16,24]", "[16]", "[1,2,3]", "x", "1e9", "100000", "{a: 1}"],
     "seed": ["0", "-1", "18446744073709551616", "x", "1.5"],
     "strength": ["0.5", "1", "0", "-1", "2", "nan"],
     "variation": ["0.1", "1", "-1", "nan", "2"],
     "variation_seed": ["3", "-3"],
     "image": ["photo.png", "none.png", "run", "prompts.txt", "null", ""],
     "mask": ["mask.png", "photo.png", "none.png", ""],
-    "extend": ["[8,0,0,0]", "[0,0,8,8]", "[1,0,0,0]", "[-8,0,0,0]", "[8]", "x", "[1e9,0,0,0]", "[99999999,0,0,0]"],
+    "extend": ["[8,0,0,0]", "[0,0,8,8]", "[1,0,0,0]", "[-8,0,0,0]", "[8]", "[1e9,0,0,0]", "[9999999,0,0]"],
     "feather": ["0", "3", "-1", "100000", "x"],
     "repaint": ["1", "2", "0", "1000"],
     "tiled": ["true", "false", "maybe"],

@@ -232,7 +232,14 @@ def test_pictures_from_the_run_and_from_its_export(first: Path, command: Command
     mine, other = (json.loads((place / folder / "00002.json").read_text()) for folder in ("a", "b"))
     assert len(mine["checkpoint_sha256"]) == 64
     assert {**mine, "checkpoint": "model.safetensors"} == other
-    wanted = {"prompt": "noon", "seed": 3, "index": 2, "num_steps": 2, "guidance_scale": 2.5, "size": [32, 32]}
+    wanted = {
+        "prompt": "noon",
+        "seed": 3,
+        "index": 2,
+        "num_steps": 2,
+        "guidance_scale": 2.5,
+        "size": [32, 32],
+    }
     assert {key: mine[key] for key in wanted} == wanted
     assert (mine["sampler"]["name"], mine["grid"]["name"]) == ("unipc", "warped")
     assert mine["guidance"]["interval_low"] == 0.6

@@ -28,10 +28,11 @@ def _certificate(
     subject: str, key: ec.EllipticCurvePublicKey, by: ec.EllipticCurvePrivateKey, root: bool
 ) -> bytes:
     day, now = datetime.timedelta(days=1), datetime.datetime.now(datetime.UTC)
+    begins, ends = now - day, now + 30 * day
     builder = (
         x509.CertificateBuilder()
         .subject_name(_name(subject)).issuer_name(_name("root")).public_key(key)
-        .serial_number(x509.random_serial_number()).not_valid_before(now - day).not_valid_after(now + 30 * day)
+        .serial_number(x509.random_serial_number()).not_valid_before(begins).not_valid_after(ends)
         .add_extension(x509.BasicConstraints(root, None), critical=True)
         .add_extension(
             x509.KeyUsage(not root, False, False, False, False, root, root, False, False), critical=True
