@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from data.datamodule import ShardData
 from data.index import Index
 from data.transforms import ResizeCrop
 from data.writer import write_shard
+from evaluation.adherence import AdherenceJudge, save_judge
 from scripts import bench
 from scripts.bench import main, parser
 from scripts.benches.findings import Findings
@@ -312,3 +315,22 @@ def test_the_command(shards: Path, tmp_path: Path) -> None:
 
 def test_the_function_is_the_command() -> None:
     assert bench.BENCHMARKS["loader"] is loader
+
+
+def test_sampling_is_measured_and_judged(
+    make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    run = make_run(tmp_path / "run", {**tiny_config, "resolution": 32})
+    save_judge(AdherenceJudge(), tmp_path / "judge")
+    words = ["--images", "2", "--rounds", "2", "--pictures", "4", "--seeds", "2", "--batch", "2"]
+    assert main(["sampling", "--checkpoint", str(run), *words, "--usual-scale", "2"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["speedup"] > 3  # 3 steps instead of 50
+    assert 0.2 < found["aa"] < 5
+    assert -100 <= found["adherence_gap"] <= 100
+    assert found["distance_floor"] > 0
+    assert len(found["by_seed"]["usual"]) == 2
+    assert found["by_seed"]["usual"][0] != found["by_seed"]["ours"][0]
+    assert (found["num_steps"], found["usual_steps"], found["usual_scale"]) == (3, 50, 2.0)
+    assert main(["sampling", "--checkpoint", str(tmp_path / "absent")]) == 4
+    assert "there is no such run folder" in capsys.readouterr().err
