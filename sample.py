@@ -28,13 +28,22 @@ from conf.schema import plain
 from data.credentials import Signer, read_credentials
 from data.fields import BadSample, decode_caption
 from data.index import DataError
-from data.pictures import Look, PictureFormat, encode_picture, fit, read_mask, read_picture, read_record
+from data.pictures import (
+    Look,
+    PictureFormat,
+    as_mask,
+    encode_picture,
+    fit,
+    read_mask,
+    read_picture,
+    read_record,
+)
 from evaluation.gallery import Work, make
 from models.canvas import extended
 from models.loading import load_pipeline
 from models.pipeline import Pipeline
 from models.registry import ConfigError, build
-from models.sampling import Job, Sampling
+from models.sampling import STRENGTH, Job, Sampling
 
 VERSION = "0.1.0"
 MAX_PICTURES = 1_000_000
@@ -62,10 +71,13 @@ def sample(config: DictConfig) -> None:
     size = read_size(values["size"], sampling.tiled, pipeline)
     start = read_start(values, pipeline, size)
     jobs = make_jobs(values, prompts, start)
-    warn_of_long_prompts(prompts, pipeline)
+    refuse_idle(values, sampling, pipeline)
+    warn_of_long_prompts([text for job in jobs for text in job.texts], pipeline)
 
     common = {
         "version": VERSION,
+        "torch": torch.__version__,
+        "device": device.type,
         "checkpoint": str(values["checkpoint"]),
         "checkpoint_sha256": sha256,
         **({} if values["guide_checkpoint"] is None else {"guide_checkpoint_sha256": weaker_sha256}),
@@ -100,7 +112,7 @@ def verify(path: Path) -> None:
         print(f"Content credentials: {credentials['state']}, signed by {credentials['issuer']}{problems}")
     if not intact or (credentials is not None and credentials["state"] == "Invalid"):
         raise DataError(f"verify: {path} was changed after it was made; its record tells of other pixels")
-    print(f"{path} is as it was made.")
+    print(f"{path}: its pixels are those it was made with.")
 
 
 # --- what is asked for --------------------------------------------------------------------------------------
@@ -177,7 +189,7 @@ def choose_sampling(values: Mapping[str, Any], pipeline: Pipeline) -> Sampling:
         if group in given:
             given[group] = build(group, given[group])
     if values["image"] is not None and values["mask"] is None and not any(values["extend"]):
-        given.setdefault("strength", 1.0 if pipeline.edits else 0.6)
+        given.setdefault("strength", 1.0 if pipeline.edits else STRENGTH)
     return replace(pipeline.defaults, **given)
 
 
@@ -200,6 +212,8 @@ def read_look(values: Mapping[str, Any]) -> tuple[Look, Signer | None]:
             PictureFormat[values["format"]], values["quality"], clean(values["watermark"], "watermark")
         )
         if values["certificate"] is None:
+            if values["private_key"] is not None:
+                raise ConfigError("private_key is given without certificate; give both PEM files, or neither")
             return look, None
         if values["private_key"] is None:
             raise ConfigError("certificate is given without private_key; give both PEM files, or neither")
@@ -239,28 +253,56 @@ def read_start(values: Mapping[str, Any], pipeline: Pipeline, size: tuple[int, i
             if values[key] not in (None, [0, 0, 0, 0]):
                 raise ConfigError(f"{key} needs a picture; give image=... as well")
         return Start({}, {}, None)
-    image = fit(read_picture(Path(values["image"]), "image"), *size)
+    if pipeline.edits and (values["mask"] is not None or any(values["extend"]) or values["strength"]):
+        raise ConfigError(
+            "this checkpoint edits by instruction: mask, extend and strength are for others; give image alone"
+        )
+    whole = read_picture(Path(values["image"]), "image")
+    image = fit(whole, *size)
     record = {"image_sha256": digest(image)}
     if any(values["extend"]):
-        if values["mask"] is not None:
-            raise ConfigError("give either mask or extend, not both")
-        if len(values["extend"]) != 4:
-            raise ConfigError(
-                "extend is pixels on four sides, such as extend=[0,0,64,0]: left, top, right, bottom"
-            )
-        if sum(values["extend"]) > MAX_TILED * pipeline.resolution:
-            raise ConfigError(f"extend is {values['extend']}, which is too large for this checkpoint")
-        try:
-            image, mask = extended(image, *values["extend"])
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        image, mask = read_margins(values, image, pipeline)
         size = (image.shape[2], image.shape[1])
-        pipeline.latent_size(size)
         return Start({"image": image, "mask": mask}, {**record, "extend": values["extend"]}, size)
     if values["mask"] is not None:
-        mask = read_mask(Path(values["mask"]), *size)
+        mask = as_mask(read_mask(Path(values["mask"]), whole), *size)
         return Start({"image": image, "mask": mask}, {**record, "mask_sha256": digest(mask)}, size)
     return Start({"before" if pipeline.edits else "image": image}, record, size)
+
+
+def read_margins(values: Mapping[str, Any], image: Tensor, pipeline: Pipeline) -> tuple[Tensor, Tensor]:
+    """The canvas around `image` and the mask of what is painted; raises ConfigError."""
+    if values["mask"] is not None:
+        raise ConfigError("give either mask or extend, not both")
+    if len(values["extend"]) != 4:
+        raise ConfigError("extend is pixels left, top, right, bottom, such as extend=[0,0,64,0]")
+    left, top, right, bottom = values["extend"]
+    if min(values["extend"]) >= 0:  # else `extended` says which is negative
+        _, h, w = image.shape
+        read_size([w + left + right, h + top + bottom], bool(values["tiled"]), pipeline)
+    try:
+        return extended(image, left, top, right, bottom)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def refuse_idle(values: Mapping[str, Any], sampling: Sampling, pipeline: Pipeline) -> None:
+    """Raises ConfigError for an option that would have no effect beside the others."""
+    masked = values["mask"] is not None or any(values["extend"])
+    idle = {
+        "feather": "there is no mask or extend" if not masked else "",
+        "repaint": "there is no mask or extend" if not masked else "",
+        "variation_seed": "variation is 0" if sampling.variation == 0 else "",
+        "image_guidance_scale": "this checkpoint edits no pictures" if not pipeline.edits else "",
+        "other_prompt": "the first of num_images=1 is the prompt itself" if values["num_images"] == 1 else "",
+        "negative_prompt": (
+            "guidance_scale is 1" if sampling.guidance_scale == 1 and not pipeline.edits
+            else "guide_checkpoint takes its place" if values["guide_checkpoint"] is not None else ""
+        ),
+    }  # fmt: skip
+    for key, why in idle.items():
+        if values[key] not in (None, "") and why:
+            raise ConfigError(f"{key} has no effect here: {why}; leave it out")
 
 
 def digest(tensor: Tensor) -> str:

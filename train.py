@@ -133,6 +133,7 @@ class Run:
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = read_sampling(values)
+        self.sampling.times(self.objective.schedule)  # refused now rather than after the training
         self.config = {key: values[key] for key in MODEL_KEYS if key in values}
         self.config |= {"resolution": self.data.resolution, "run": values}
         self.folder = run_folder(values)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from data.shard_index import DataError
 
-MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+MIME = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 #: IPTC's word for pictures that a model made.
 MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 NAME = "Firstlight"
@@ -79,8 +81,10 @@ def read_credentials(path: Path) -> dict[str, Any] | None:
     """Returns `state` ("Valid", "Trusted", "Invalid"), `issuer` and `problems`; None without credentials."""
     import c2pa
 
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        mime = Image.MIME[str(image.format)]
     try:
-        with path.open("rb") as stream, c2pa.Reader(MIME[path.suffix.lower()], stream) as reader:
+        with path.open("rb") as stream, c2pa.Reader(mime, stream) as reader:
             found = json.loads(reader.json())
     except c2pa.C2paError as error:
         if "ManifestNotFound" in str(error):

@@ -4,7 +4,7 @@ The record is a flat JSON object. It travels in the file itself, a PNG's `iTXt`,
 EXIF description, with the SHA-256 of the file's pixels, so that a copy that was edited since is told from one
 that was not. The pixels are hashed as a viewer decodes them, after lossy compression.
 
-    write_picture(Path("a.png"), pixels, {"prompt": "a dawn", "seed": 7})
+    Path("a.png").write_bytes(encode_picture(pixels, Look(), {"prompt": "a dawn", "seed": 7}))
     record, intact = read_record(Path("a.png"))
 """
 
@@ -22,7 +22,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from data.arrays import write_atomic
 from data.decoder import Decoder
 from data.fields import BadSample
 from data.shard_index import DataError
@@ -31,7 +30,6 @@ from data.transforms import ResizeCrop
 KEY = "firstlight"
 DESCRIPTION = 0x010E  # EXIF's ImageDescription
 MAX_BYTES = 1 << 28
-SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 class PictureFormat(Enum):
@@ -77,17 +75,23 @@ def fit(image: Image.Image, width: int, height: int) -> Tensor:
     return ResizeCrop(max(width, height))(image, target=(width, height))
 
 
-def read_mask(path: Path, width: int, height: int) -> Tensor:
-    """Returns float32 [H W] in [0, 1], 1 where white: what is to be painted anew.
+def read_mask(path: Path, image: Image.Image) -> Image.Image:
+    """Returns the mask of `image`, white where it is to be painted anew.
 
     Raises DataError where the file cannot be read or is of another size than the picture.
     """
-    image = read_picture(path, "mask")
-    if image.size != (width, height):
+    mask = read_picture(path, "mask")
+    if mask.size != image.size:
         raise DataError(
-            f"mask: {path} is {image.width}x{image.height}, the picture {width}x{height}; make them one size"
+            f"mask: {path} is {mask.width}x{mask.height}, the picture {image.width}x{image.height}; make "
+            "them one size"
         )
-    return torch.from_numpy(np.array(image.convert("L"))).float() / 255
+    return mask
+
+
+def as_mask(mask: Image.Image, width: int, height: int) -> Tensor:
+    """Returns float32 [H W] in [0, 1], 1 where `mask` is white, cut and resized as `fit` does."""
+    return fit(mask.convert("L").convert("RGB"), width, height)[0].float() / 255
 
 
 def encode_picture(pixels: Tensor, look: Look, record: Mapping[str, Any]) -> bytes:
@@ -100,11 +104,6 @@ def encode_picture(pixels: Tensor, look: Look, record: Mapping[str, Any]) -> byt
         seen = Image.open(io.BytesIO(_compressed(image, look, b"")))
     text = json.dumps({**record, "pixels_sha256": pixels_sha256(seen)}, ensure_ascii=False)
     return _compressed(image, look, text.encode())
-
-
-def write_picture(path: Path, pixels: Tensor, look: Look, record: Mapping[str, Any]) -> None:
-    """Writes `pixels` uint8 [3 H W] whole or not at all, readable by all that the umask allows."""
-    write_atomic(path, encode_picture(pixels, look, record))
 
 
 def pixels_sha256(image: Image.Image) -> str:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.arrays import write_atomic
 from data.credentials import Signer
-from data.pictures import Look, encode_picture, fit, read_picture, read_record
+from data.pictures import Look, PictureFormat, encode_picture, read_record
 from data.progress import Progress
 from data.shard_index import DataError
 from evaluation.report import contact_sheet
@@ -32,6 +34,8 @@ SAMPLES = Path("samples")
 #: So many pictures are shown on the sheet; with more, the first ones. Its width in pixels.
 ON_SHEET = 400
 SHEET_WIDTH = 1_600
+#: The longer side of a picture on the sheet is at most so many pixels.
+THUMBNAIL = 256
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class Work:
         """What made the picture of `job`, as JSON values."""
         mixed = {"other_prompt": job.other_prompt, "share": job.share} if job.other_prompt else {}
         said = {"prompt": job.prompt, **mixed, "negative_prompt": job.negative_prompt}
-        return {**said, "seed": self.sampling.seed, "index": job.index, **self.common}
+        look: dict[str, Any] = {"format": self.look.format.name, "watermark": self.look.watermark}
+        if self.look.format is not PictureFormat.png:
+            look["quality"] = self.look.quality
+        signed = {} if self.signer is None else {"signed_by": self.signer.certificate.name}
+        return {**said, "seed": self.sampling.seed, "index": job.index, **self.common, **look, **signed}
 
     def path(self, folder: Path, k: int) -> Path:
         """Where the picture of job `k` lies in `folder`."""
@@ -90,13 +98,23 @@ def make(work: Work, folder: Path, batch_size: int, overwrite: bool = False) -> 
     paths = [work.path(folder, k) for k in range(len(work.jobs))]
     if not all(path.exists() for path in paths):
         return None
-    tensors = [fit(read_picture(path, "sheet"), *work.size) for path in paths[:ON_SHEET]]
+    scale = min(1.0, THUMBNAIL / max(work.size))
+    shown = [max(1, round(side * scale)) for side in work.size]
+    thumbnails = torch.stack([_thumbnail(path, *shown) for path in paths[:ON_SHEET]])
     captions = [job.prompt for job in work.jobs[:ON_SHEET]]
-    columns = max(1, min(8, SHEET_WIDTH // (2 * work.size[0])))
+    enlarged = 2 if 2 * max(shown) <= THUMBNAIL else 1
+    columns = max(1, min(8, SHEET_WIDTH // (enlarged * shown[0])))
     buffer = io.BytesIO()
-    contact_sheet(torch.stack(tensors), captions, columns).save(buffer, "PNG")
+    contact_sheet(thumbnails, captions, columns, enlarged).save(buffer, "PNG")
     write_atomic(folder / "contact_sheet.png", buffer.getvalue())
     return folder / "contact_sheet.png"
+
+
+def _thumbnail(path: Path, width: int, height: int) -> Tensor:
+    """A picture of ours as uint8 `[3 height width]`."""
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
 def write(path: Path, pixels: Tensor, work: Work, record: Mapping[str, Any]) -> None:
@@ -104,25 +122,49 @@ def write(path: Path, pixels: Tensor, work: Work, record: Mapping[str, Any]) -> 
     data = encode_picture(pixels, work.look, record)
     if work.signer is not None:
         data = work.signer.sign(data, path.suffix, record)
-    write_atomic(
-        path.with_suffix(".json"), (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-    )
+    write_atomic(path.with_suffix(".json"), _as_text(record))
     write_atomic(path, data)
 
 
 def is_made(path: Path, record: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether the picture that `record` describes is at `path`; raises ConfigError where another one is."""
-    if overwrite or not path.exists():
-        return False
-    try:
-        found, intact = read_record(path)
-    except DataError:
-        found, intact = {}, False
-    found.pop("pixels_sha256", None)
-    if intact and found == json.loads(json.dumps(record)):
+    wanted = json.loads(json.dumps(record))
+    beside = path.with_suffix(".json")
+    found, intact = _found(path)
+    if intact and found == wanted:
+        if not beside.exists():
+            write_atomic(beside, _as_text(record))
         return True
-    keys = [key for key in (*record, *found) if found.get(key) != json.loads(json.dumps(record.get(key)))]
+    if overwrite or not (path.exists() or beside.exists()):
+        return False
+    if not path.exists():  # stopped between the two, or a picture of another format has this name
+        found = _beside(beside)
+        if found == wanted:
+            return False
+    keys = [key for key in (*wanted, *found) if found.get(key) != wanted.get(key)]
     was = f"{keys[0]} was {found.get(keys[0])!r}"[:200] if keys and found else "it holds no such record"
     raise ConfigError(
         f"{path} is another picture ({was}); give another output=..., or overwrite=true to replace it"
     )
+
+
+def _found(path: Path) -> tuple[dict[str, Any], bool]:
+    """The record in a picture's file, and whether its pixels are those it was written with."""
+    try:
+        found, intact = read_record(path)
+    except DataError:
+        return {}, False
+    found.pop("pixels_sha256", None)
+    return found, intact
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _as_text(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()

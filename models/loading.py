@@ -156,13 +156,16 @@ def export(run: Path, target: Path) -> None:
 
 
 def _read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    one = path.parent.name == "checkpoints"  # one of a run's checkpoints, which may not be its newest
-    run = path.parents[2] if one else path
+    whole = path.absolute()
+    one = whole.parent.name == "checkpoints"  # one of a run's checkpoints, which may not be its newest
+    run = whole.parents[2] if one else path
     diffusion = Checkpoint(path) if one else newest(run / "diffusion" / "checkpoints")
     autoencoder = newest(run / "autoencoder" / "checkpoints")
     if diffusion is None or autoencoder is None:
         missing = "diffusion" if diffusion is None else "autoencoder"
         raise CheckpointError(f"{path}: has no verified {missing} checkpoint; train it with: python train.py")
+    if diffusion.document("state")["stage"] != "diffusion":
+        raise CheckpointError(f"{path}: is a checkpoint of another stage; give the run, or one of diffusion")
     config = diffusion.document("config")
     tensors = {**autoencoder.tensors("ema"), **diffusion.tensors("ema")}
     mine = {k: v for k, v in tensors.items() if k.startswith("autoencoder.")}

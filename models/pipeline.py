@@ -14,21 +14,24 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from models.autoencoder import Autoencoder
 from models.canvas import composite, soften, to_latents
 from models.conditioning import Conditioning
 from models.diffusion.denoiser import Denoiser
 from models.diffusion.draws import Draws, Purpose
-from models.diffusion.editing import Tiled, cut, inpaint, interpolate, resampled, slerp, start
+from models.diffusion.editing import Tiled, inpaint, interpolate, resampled, slerp, start
 from models.diffusion.guidance import Branch, ConditionalDenoiser, Denoise
 from models.diffusion.objective import Objective
-from models.portions import PIXELS, TEXTS, PortionedBackbone, in_portions, rows_for
+from models.portions import PIXELS, TEXTS, PortionedBackbone, Portions, rows_for
 from models.registry import ConfigError, did_you_mean
-from models.sampling import Job, Sampling
+from models.sampling import STRENGTH, Job, Sampling
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
+#: Latent columns of the other end that a ring's decoder sees.
+RIM = 8
 #: Told after every step: `(step number from 1, how the pictures look by now, uint8 [B 3 H W])`.
 Preview = Callable[[int, Tensor], None]
 
@@ -65,8 +68,8 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.backbone = backbone
         self.device = autoencoder.latent_mean.device
-        self.portioned = self.device.type == "cpu"
-        network = PortionedBackbone(backbone) if self.portioned else backbone
+        self.portions = Portions(autocast) if self.device.type == "cpu" else None
+        network = backbone if self.portions is None else PortionedBackbone(backbone, self.portions)
         self.denoiser = Denoiser(network, objective.schedule, objective.parameterization)
         self.edits = backbone.image_conditioning
         self.min_divisor = backbone.min_divisor
@@ -113,6 +116,15 @@ class Pipeline:
         of_jobs = {field.name: options.pop(field.name) for field in fields(Job) if field.name in options}
         if self.defaults is None:
             raise ConfigError("this pipeline has no defaults; call generate with a Sampling")
+        for key in ("image", "mask", "before"):
+            if of_jobs.get(key) is not None and not isinstance(of_jobs[key], Tensor):
+                raise ConfigError(f"{key} is no tensor; bring a picture to size with data.pictures.fit")
+        if self.edits and "before" not in of_jobs and "image" in of_jobs:
+            of_jobs["before"] = of_jobs.pop("image")
+        if of_jobs.get("image") is not None and of_jobs.get("mask") is None:
+            options.setdefault("strength", STRENGTH)
+        if of_jobs.get("other_prompt") and not of_jobs.get("share"):
+            raise ConfigError("other_prompt has no part in the picture; give share as well, such as 0.5")
         each = [text for text in texts for _ in range(num_images)]
         jobs = [Job(text, k, **of_jobs) for k, text in enumerate(each)]
         made = self.generate(jobs, replace(self.defaults, **options), size)
@@ -177,7 +189,10 @@ class Pipeline:
         given = [part for part in (jobs[0].image, jobs[0].before) if part is not None]
         if size is None and given:
             size = (given[0].shape[2], given[0].shape[1])
+        sampling.times(self.denoiser.schedule)
         h, w = self.latent_size(size)
+        if sampling.wrap and w * self.autoencoder.factor <= self.resolution:
+            raise ConfigError(f"wrap closes pictures wider than {self.resolution} pixels; give a larger size")
         f = self.autoencoder.factor
         for part in given:
             if tuple(part.shape[1:]) != (h * f, w * f):
@@ -190,7 +205,7 @@ class Pipeline:
         self, jobs: list[Job], sampling: Sampling, size: tuple[int, int], preview: Preview | None
     ) -> Tensor:
         schedule, sampler = self.denoiser.schedule, sampling.sampler
-        times = cut(sampling.grid, schedule, sampling.num_steps, sampling.strength)
+        times = sampling.times(schedule)
         draws = Draws(sampling.seed, torch.tensor([job.index for job in jobs], device=self.device))
         shape = (self.autoencoder.latent_channels, *size)
         noise = draws.normal(Purpose.INITIAL_NOISE, shape)
@@ -209,11 +224,11 @@ class Pipeline:
 
         def told(step: int, x: Tensor, x0: Tensor) -> None:
             if preview is not None:
-                preview(step, to_uint8(self._decode(x0)).cpu())
+                preview(step, to_uint8(self._decode(x0, sampling.wrap)).cpu())
 
         step_noise = partial(draws.normal, Purpose.STEP_NOISE, shape)
         x = start(schedule, x0, noise, times)
-        images = self._decode(sampler(denoise, schedule, x, times, step_noise, told))
+        images = self._decode(sampler(denoise, schedule, x, times, step_noise, told), sampling.wrap)
         if not torch.isfinite(images).all():
             raise FloatingPointError(
                 "sampling gave numbers that are not finite; lower guidance_scale, or use a checkpoint from "
@@ -228,10 +243,11 @@ class Pipeline:
         """The denoiser of the jobs' prompts, guided as asked."""
         conditioning = self._told(jobs)
         null = self._encode([job.negative_prompt for job in jobs])
-        denoiser: ConditionalDenoiser = self.denoiser
-        if sampling.tiled:
-            window = self.resolution // self.autoencoder.factor
-            denoiser = Tiled(denoiser, window, window // 2, sampling.wrap)
+        window = self.resolution // self.autoencoder.factor
+
+        def tiled(denoiser: ConditionalDenoiser) -> ConditionalDenoiser:
+            return Tiled(denoiser, window, window // 2, sampling.wrap) if sampling.tiled else denoiser
+
         text, s = sampling.guidance_scale, sampling.image_guidance_scale
         before = self._stack([job.before for job in jobs])
         if before is not None:
@@ -244,12 +260,12 @@ class Pipeline:
             ]
         elif self.weaker is not None:
             branches = [
-                Branch(1 - text, self.weaker._told(jobs), self.weaker.denoiser),
+                Branch(1 - text, self.weaker._told(jobs), tiled(self.weaker.denoiser)),
                 Branch(text, conditioning),
             ]
         else:
             branches = [Branch(1 - text, null), Branch(text, conditioning)]
-        return sampling.guidance.combine(denoiser, branches)
+        return sampling.guidance.combine(tiled(self.denoiser), branches)
 
     def guided_by(self, weaker: "Pipeline") -> None:
         """Guides by a smaller or earlier checkpoint on the same latents instead of by the empty prompt.
@@ -264,7 +280,9 @@ class Pipeline:
             raise ConfigError("the weaker checkpoint has another autoencoder; take one of the same run")
         if self.edits or weaker.edits:
             raise ConfigError("a checkpoint that edits by instruction is not guided by a weaker one")
-        if vars(self.denoiser.schedule) != vars(weaker.denoiser.schedule):
+        t = torch.linspace(0, 1, 101)
+        ours, other = self.denoiser.schedule(t), weaker.denoiser.schedule(t)
+        if not all(torch.equal(a, b) for a, b in zip(ours, other, strict=True)):
             raise ConfigError("the weaker checkpoint has another schedule; take one of the same run")
         self.weaker = weaker
 
@@ -290,12 +308,18 @@ class Pipeline:
         """The conditioning of the prompts, each different one encoded once."""
         texts = list(dict.fromkeys(prompts))
         rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=self.device)
-        count = TEXTS if self.portioned else len(texts)
-        parts = []
-        for first in range(0, len(texts), count):
-            some = texts[first : first + count]
-            parts.append(self.text_encoder.encode([*some, *[""] * (count - len(some))]))
-        return Conditioning.cat(parts).take(rows)
+        if self.portions is None:
+            return self.text_encoder.encode(texts).take(rows)
+        tokens = self.text_encoder.tokenize(texts)
+        made: list[Conditioning] = []
+
+        def states(tokens: Tensor) -> Tensor:
+            made.append(self.text_encoder(tokens))
+            return made[-1].tokens
+
+        for few in tokens.split(TEXTS):  # one portion at a time, as each gives three tensors
+            self.portions(TEXTS, states, few)
+        return Conditioning.cat(made).take(rows)
 
     def _latents(self, images: Tensor) -> Tensor:
         """The normalised latents `[B C h w]` of pictures uint8 `[B 3 H W]`: the mean of their posterior."""
@@ -303,14 +327,17 @@ class Pipeline:
         moments = self._in_portions(self.autoencoder.encode, pixels, pixels.shape[2:]).float()
         return self.autoencoder.sample(moments, torch.zeros_like(moments[:, : moments.shape[1] // 2]))
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Pictures float32 `[B 3 H W]` in about [-1, 1]."""
-        f = self.autoencoder.factor
+    def _decode(self, latents: Tensor, wrap: bool) -> Tensor:
+        """Pictures float32 `[B 3 H W]` in about [-1, 1]; `wrap` decodes a ring, whose ends meet."""
+        f, rim = self.autoencoder.factor, RIM if wrap else 0
+        if wrap:
+            latents = functional.pad(latents, (rim, rim, 0, 0), "circular")
         sides = (latents.shape[2] * f, latents.shape[3] * f)
-        return self._in_portions(self.autoencoder.decode, latents, sides).float()
+        images = self._in_portions(self.autoencoder.decode, latents, sides).float()
+        return images[..., rim * f : images.shape[3] - rim * f]
 
     def _in_portions(self, network: Callable[[Tensor], Tensor], x: Tensor, sides: Sequence[int]) -> Tensor:
-        return in_portions(rows_for(PIXELS, *sides), network, x) if self.portioned else network(x)
+        return network(x) if self.portions is None else self.portions(rows_for(PIXELS, *sides), network, x)
 
     def latent_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Latent positions (h, w) of a picture of `size` pixels: a side, or (width, height).

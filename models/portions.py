@@ -1,20 +1,22 @@
 """Networks called on portions of a fixed number of rows, so that no row depends on how many come with it.
 
-Matrix and convolution kernels are chosen by the shape of the batch, and sum in another order for another
-shape: the same row then differs in its last bits, and now and then by a level in a picture. On a CPU every
-call is therefore made with one fixed number of rows, the last ones repeated where there are fewer; within a
-call of one shape the place of a row changes nothing. The number depends on the size of a row's content alone.
-Used by `models.pipeline`.
+Matrix and convolution kernels are chosen by the shape of the batch and by the number of threads, and sum in
+another order for another choice: the same row then differs in its last bits, and now and then by a level in a
+picture. On a CPU every call is therefore made with one fixed number of rows, the last ones repeated where
+there are fewer, and on one thread; several portions are computed at a time instead. The number of rows
+depends on the size of a row's content alone. Used by `models.pipeline`.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from models.conditioning import Conditioning
 
-#: Positions of latents, or pixels of a picture, that fill two cores; more at once is not faster.
+#: Positions of latents, or pixels of a picture, that a portion has about; more at once is not faster.
 POSITIONS = 2_048
 PIXELS = 16_384
 TEXTS = 8
@@ -25,14 +27,33 @@ def rows_for(limit: int, height: int, width: int) -> int:
     return max(1, limit // (height * width))
 
 
-def in_portions(rows: int, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)` `[B ...]`, called on `rows` rows at a time; `inputs` are `[B ...]` each."""
-    count = len(inputs[0])
-    done = []
-    for start in range(0, count, rows):
-        parts = [_filled(each[start : start + rows], rows) for each in inputs]
-        done.append(function(*parts)[: count - start])
-    return torch.cat(done)
+class Portions:
+    """Calls networks on portions, as many at a time as torch has threads; without gradients.
+
+    Args:
+        autocast: context in which the networks run.
+    """
+
+    def __init__(self, autocast: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.autocast = autocast
+
+    def __call__(self, rows: int, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`function(*inputs)` `[B ...]`, called on `rows` rows at a time; `inputs` are `[B ...]` each."""
+        count, threads = len(inputs[0]), torch.get_num_threads()
+
+        def call(first: int) -> Tensor:
+            # Threads have settings of their own: nothing of the caller's holds in them.
+            torch.set_num_threads(1)
+            with torch.no_grad(), self.autocast():
+                parts = [_filled(each[first : first + rows], rows) for each in inputs]
+                return function(*parts)[: count - first]
+
+        starts = range(0, count, rows)
+        try:
+            with ThreadPoolExecutor(min(threads, len(starts))) as pool:
+                return torch.cat(list(pool.map(call, starts)))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _filled(part: Tensor, rows: int) -> Tensor:
@@ -48,10 +69,14 @@ class PortionedBackbone:
 
     Args:
         backbone: `[B C h w], [B], Conditioning -> [B C h w]`.
+        portions: calls it.
     """
 
-    def __init__(self, backbone: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> None:
+    def __init__(
+        self, backbone: Callable[[Tensor, Tensor, Conditioning], Tensor], portions: Portions
+    ) -> None:
         self.backbone = backbone
+        self.portions = portions
 
     def __call__(self, x: Tensor, c_noise: Tensor, conditioning: Conditioning) -> Tensor:
         """The output `[B C h w]`."""
@@ -61,4 +86,4 @@ class PortionedBackbone:
             return self.backbone(x, c_noise, Conditioning(*parts))
 
         given = (conditioning.tokens, conditioning.mask, conditioning.pooled, *picture)
-        return in_portions(rows_for(POSITIONS, *x.shape[2:]), call, x, c_noise, *given)
+        return self.portions(rows_for(POSITIONS, *x.shape[2:]), call, x, c_noise, *given)

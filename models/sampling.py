@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from models.diffusion.editing import cut
 from models.diffusion.guidance import Guidance
 from models.diffusion.samplers import Grid, Sampler
+from models.diffusion.schedules import Schedule
 from models.registry import ConfigError
 
 MAX_STEPS = 10_000
 MAX_SCALE = 1_000.0
+#: How far a picture goes back to noise where a call does not say.
+STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,18 @@ class Sampling:
         if self.wrap and not self.tiled:
             raise ConfigError("wrap closes a tiled picture to a ring; set tiled=true as well")
 
+    def times(self, schedule: Schedule) -> Tensor:
+        """The times `[num_steps + 1]` that are visited; raises ConfigError for a grid that cannot be."""
+        if self.num_steps / self.strength > MAX_STEPS:
+            raise ConfigError(
+                f"strength is {self.strength} with {self.num_steps} steps, which would be the end of a walk "
+                f"of more than {MAX_STEPS:,}; give more strength"
+            )
+        try:
+            return cut(self.grid, schedule, self.num_steps, self.strength)
+        except ValueError as error:
+            raise ConfigError(f"grid: {error}") from None
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -109,6 +125,11 @@ class Job:
             raise ConfigError(f"share is {self.share}, but must be from 0 (prompt) to 1 (other_prompt)")
         if self.mask is not None and (self.image is None or self.mask.shape != self.image.shape[1:]):
             raise ConfigError("mask: there is no image of its size to paint in; give image=... as well")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the text encoder reads for it."""
+        return self.prompt, self.negative_prompt, self.other_prompt
 
     @property
     def kind(self) -> tuple[object, ...]:

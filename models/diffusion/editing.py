@@ -41,7 +41,10 @@ def cut(grid: Grid, schedule: Schedule, num_steps: int, strength: float) -> Tens
         raise ValueError(f"strength is {strength}, but must be above 0 and at most 1 (a new picture)")
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, but must be at least 1")
-    return grid(schedule, round(num_steps / strength))[-num_steps - 1 :]
+    if strength == 1:
+        return grid(schedule, num_steps)
+    # One step more at least: the first time of a grid is pure noise, where nothing of the picture is left.
+    return grid(schedule, max(round(num_steps / strength), num_steps + 1))[-num_steps - 1 :]
 
 
 def start(schedule: Schedule, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:

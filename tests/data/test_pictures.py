@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.pictures import Look, PictureFormat, encode_picture, fit, read_mask, read_picture, read_record
+from data.pictures import (
+    Look,
+    PictureFormat,
+    as_mask,
+    encode_picture,
+    fit,
+    read_mask,
+    read_picture,
+    read_record,
+)
 from data.shard_index import DataError
 
 RECORD = {"prompt": 'a dawn, "日本" \U0001f305 אבג', "seed": 7, "size": [24, 16], "guidance": None}
@@ -104,11 +113,14 @@ def test_reading_pictures_and_masks(pixels: Tensor, tmp_path: Path) -> None:
     mask = Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))
     mask.save(tmp_path / "mask.png")
-    read = read_mask(tmp_path / "mask.png", 24, 16)
+    read = as_mask(read_mask(tmp_path / "mask.png", Image.new("RGB", (24, 16))), 24, 16)
     assert read[:, :12].min() == 1
     assert read[:, 12:].max() == 0
+    small = as_mask(mask, 8, 8)  # the central square of it, as of the picture
+    assert small[:, :3].min() == 1
+    assert small[:, 5:].max() == 0
     with pytest.raises(DataError, match=r"mask: .* is 24x16, the picture 16x16; make them one size"):
-        read_mask(tmp_path / "mask.png", 16, 16)
+        read_mask(tmp_path / "mask.png", Image.new("RGB", (16, 16)))
 
 
 def test_the_record_is_json_that_others_can_read(pixels: Tensor, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.checkpoint import CheckpointError
+from models.diffusion.schedules import FlowSchedule, LinearSchedule
 from models.loading import build_networks, export, load_pipeline
 from models.pipeline import Pipeline, check_size, to_uint8
 from models.registry import ConfigError, build
@@ -159,6 +161,29 @@ def test_a_tiled_picture_of_the_training_size_is_the_plain_one(pipeline: Pipelin
         made = pipeline.generate(jobs(["sea"]), replace(tiled, wrap=wrap), size=(48, 16))
         assert made.shape == (1, 3, 16, 48)
         assert not torch.equal(made, pipeline.generate(jobs(["sea"]), sampling(), size=(48, 16)))
+    with pytest.raises(ConfigError, match="wrap closes pictures wider than 16 pixels"):
+        pipeline.generate(jobs(["sea"]), replace(tiled, wrap=True))
+
+
+@torch.no_grad()
+def test_a_ring_is_decoded_without_ends(pipeline: Pipeline, rng: torch.Generator) -> None:
+    latents = torch.randn(1, 4, 4, 1, generator=rng).expand(-1, -1, -1, 24).contiguous()
+    ring, line = (pipeline._decode(latents, wrap) for wrap in (True, False))
+    assert ring.shape == line.shape == (1, 3, 16, 96)
+    torch.testing.assert_close(ring[..., :1], ring[..., 48:49], atol=1e-4, rtol=0)
+    assert (line[..., :1] - line[..., 48:49]).abs().max() > 0.01
+
+
+def test_a_grid_that_cannot_be_laid_is_refused_before_anything(pipeline: Pipeline) -> None:
+    steep = replace(sampling(steps=20), grid=build("grid", {"name": "warped", "b": 10.0}))
+    with pytest.raises(ConfigError, match=r"grid: .* on the same time"):
+        pipeline.check(jobs(["sea"]), steep)
+    with pytest.raises(ConfigError, match=r"strength is 1e-12 with 3 steps, .*; give more strength"):
+        replace(sampling(), strength=1e-12).times(FlowSchedule())
+    for strength in (0.9, 0.99):
+        times = replace(sampling(steps=4), strength=strength).times(FlowSchedule())
+        assert times.shape == (5,)
+        assert times[0] < 1
 
 
 def test_a_weaker_checkpoint_guides(run: Path, pipeline: Pipeline) -> None:
@@ -167,9 +192,16 @@ def test_a_weaker_checkpoint_guides(run: Path, pipeline: Pipeline) -> None:
     # Guided by itself nothing is pushed, whatever the scale.
     alone = pipeline.generate(jobs(["sea"]), sampling(1.0))
     assert off_by(guided.generate(jobs(["sea"]), sampling(5.0)), alone) <= 1
+    wide = guided.generate(jobs(["sea"]), replace(sampling(5.0), tiled=True), size=(48, 16))
+    assert off_by(wide, pipeline.generate(jobs(["sea"]), replace(sampling(1.0), tiled=True), (48, 16))) <= 1
     with torch.no_grad():
         weaker.text_encoder.position.mul_(1.5)
     assert off_by(guided.generate(jobs(["sea"]), sampling(5.0)), alone) > 1
+    schedule = weaker.denoiser.schedule
+    weaker.denoiser.schedule = LinearSchedule()
+    with pytest.raises(ConfigError, match="another schedule"):
+        guided.guided_by(weaker)
+    weaker.denoiser.schedule = schedule
     with torch.no_grad():
         weaker.autoencoder.latent_mean.add_(1)
     with pytest.raises(ConfigError, match="another autoencoder"):
@@ -195,6 +227,12 @@ def test_pictures_in_one_line(run: Path, pipeline: Pipeline) -> None:
         jobs(["sea", "sea", "hills", "hills"]), replace(short.defaults, seed=5, num_steps=2), 24
     )
     assert [image.tobytes() for image in made] == [w.permute(1, 2, 0).numpy().tobytes() for w in wanted]
+    picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    assert short("sea", image=picture)[0].tobytes() != short("sea")[0].tobytes()
+    with pytest.raises(ConfigError, match="image is no tensor"):
+        short("sea", image=Image.new("RGB", (16, 16)))
+    with pytest.raises(ConfigError, match="other_prompt has no part in the picture"):
+        short("sea", other_prompt="hills")
     with pytest.raises(ConfigError, match=r"no option 'num_step' \(did you mean 'num_steps'"):
         short("sea", num_step=3)
 
