@@ -31,7 +31,7 @@ from models.text_encoder import TextEncoder
 from models.unet import UNet
 
 #: Latent columns of the other end that a ring's decoder sees.
-RIM = 8
+RIM = 16
 #: Told after every step: `(step number from 1, how the pictures look by now, uint8 [B 3 H W])`.
 Preview = Callable[[int, Tensor], None]
 
@@ -329,7 +329,7 @@ class Pipeline:
 
     def _decode(self, latents: Tensor, wrap: bool) -> Tensor:
         """Pictures float32 `[B 3 H W]` in about [-1, 1]; `wrap` decodes a ring, whose ends meet."""
-        f, rim = self.autoencoder.factor, RIM if wrap else 0
+        f, rim = self.autoencoder.factor, min(RIM, latents.shape[3]) if wrap else 0
         if wrap:
             latents = functional.pad(latents, (rim, rim, 0, 0), "circular")
         sides = (latents.shape[2] * f, latents.shape[3] * f)
