@@ -95,8 +95,8 @@ def resampled(sampler: Sampler, repeats: int = 10) -> Sampler:
 
     RePaint (Lugmayr et al. 2022, arXiv 2201.09865) with jumps of one step: it lets what is painted fit
     what is known better, at `repeats` times the cost. `sampler` walks each step alone, so that a multistep
-    sampler is of first order here. The last step, to clean data, is walked once; `repeats` 1 is the sampler
-    as it is.
+    sampler is of first order here, and one that shares its churn over a walk spends it all in each step. The
+    last step, to clean data, is walked once; `repeats` 1 is the sampler as it is.
 
     Raises:
         ValueError: `repeats` is below 1.
