@@ -2,7 +2,7 @@
 
     python sample.py checkpoint=runs/landscapes prompt="a clear dawn over the sea, the sun on the left"
     python sample.py checkpoint=model.safetensors prompts_file=prompts.txt num_images=2 seed=7 output=pictures
-    python sample.py checkpoint=runs/landscapes prompt="a desert at night" image=photo.png strength=0.6
+    python sample.py checkpoint=runs/landscapes prompt="a cloudy noon over hills" image=photo.png strength=0.6
     python sample.py verify=samples/00000.png
 
 On a CPU a picture's bytes depend on its prompt, its number, the seed and the settings alone: not on the
@@ -90,7 +90,8 @@ def sample(config: DictConfig) -> None:
     output = Path(values["output"]) if values["output"] else work.default_folder()
     sheet = make(work, output, values["batch_size"], values["overwrite"])
     if sheet is not None:
-        print(f"{len(jobs):,} pictures and their records: {output}, all on one sheet: {sheet}")
+        made = "1 picture and its record" if len(jobs) == 1 else f"{len(jobs):,} pictures and their records"
+        print(f"{made}: {output}, all on one sheet: {sheet}")
 
 
 @dataclass(frozen=True)

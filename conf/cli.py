@@ -123,6 +123,11 @@ def explain(error: BaseException, name: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}; check that the path exists, is writable and has space"
+    stray = re.search(r"Error parsing override '([^']*)'\s*missing EQUAL", text)
+    if stray:
+        return (
+            f"'{stray.group(1)}' is no key=value; quote values that hold spaces, as prompt=\"a sea at dawn\""
+        )
     option = re.search(r"Could not find '([\w/]+)/([\w.-]*)'", text)
     if option:
         group, word = option.groups()

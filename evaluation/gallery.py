@@ -101,13 +101,17 @@ def make(work: Work, folder: Path, batch_size: int, overwrite: bool = False) -> 
     scale = min(1.0, THUMBNAIL / max(work.size))
     shown = [max(1, round(side * scale)) for side in work.size]
     thumbnails = torch.stack([_thumbnail(path, *shown) for path in paths[:ON_SHEET]])
-    captions = [job.prompt for job in work.jobs[:ON_SHEET]]
+    captions = [_caption(job) for job in work.jobs[:ON_SHEET]]
     enlarged = 2 if 2 * max(shown) <= THUMBNAIL else 1
     columns = max(1, min(8, SHEET_WIDTH // (enlarged * shown[0])))
     buffer = io.BytesIO()
     contact_sheet(thumbnails, captions, columns, enlarged).save(buffer, "PNG")
     write_atomic(folder / "contact_sheet.png", buffer.getvalue())
     return folder / "contact_sheet.png"
+
+
+def _caption(job: Job) -> str:
+    return f"{job.share:.0%} {job.other_prompt}, else {job.prompt}" if job.other_prompt else job.prompt
 
 
 def _thumbnail(path: Path, width: int, height: int) -> Tensor:

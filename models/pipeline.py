@@ -25,7 +25,7 @@ from models.diffusion.editing import Tiled, inpaint, interpolate, resampled, sle
 from models.diffusion.guidance import Branch, ConditionalDenoiser, Denoise
 from models.diffusion.objective import Objective
 from models.portions import PIXELS, TEXTS, PortionedBackbone, Portions, rows_for
-from models.registry import ConfigError, did_you_mean
+from models.registry import ConfigError, build, did_you_mean
 from models.sampling import STRENGTH, Job, Sampling
 from models.text_encoder import TextEncoder
 from models.unet import UNet
@@ -100,9 +100,9 @@ class Pipeline:
         Args:
             prompts: one or several.
             num_images: of each.
-            options: `size`, and fields of `Sampling` and `Job`: seed, num_steps, guidance_scale,
-                negative_prompt, image and others; what is not given is as the checkpoint was trained to be
-                sampled.
+            options: `size`, and fields of `Sampling` and `Job`: seed, num_steps, guidance_scale, sampler (an
+                object or a name such as "heun"), negative_prompt, image and others; what is not given is as
+                the checkpoint was trained to be sampled.
 
         Raises:
             ConfigError: an unknown option, or a value that cannot be used.
@@ -116,6 +116,9 @@ class Pipeline:
         of_jobs = {field.name: options.pop(field.name) for field in fields(Job) if field.name in options}
         if self.defaults is None:
             raise ConfigError("this pipeline has no defaults; call generate with a Sampling")
+        for group in ("sampler", "grid", "guidance"):
+            if isinstance(options.get(group), str):
+                options[group] = build(group, {"name": options[group]})
         for key in ("image", "mask", "before"):
             if of_jobs.get(key) is not None and not isinstance(of_jobs[key], Tensor):
                 raise ConfigError(f"{key} is no tensor; bring a picture to size with data.pictures.fit")

@@ -131,6 +131,7 @@ def model(make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: 
         (["checkpoint=run", "prompt=sea", "certificate=c", "private_key=k"], 3, "c: No such file"),
         (["checkpoint=run", "prompt=sea", "sampler=huen"], 2, "did you mean 'heun'?"),
         (["checkpoint=run", "prompt=sea", "guidance=refined", "guidance.rescale=2"], 2, "share is 2.0"),
+        (["checkpoint=run", "prompt=a", "sea"], 2, "'sea' is no key=value; quote values that hold spaces"),
         (["checkpoint=run", "prompt=[]"], 2, "prompt is an empty list"),
         (["checkpoint=run", "prompt=" + "sea " * 10_000], 2, "a prompt is not usable text: "),
         (["checkpoint=run", "prompts_file=latin.txt"], 2, "no UTF-8 at byte"),

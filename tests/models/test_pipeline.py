@@ -227,6 +227,9 @@ def test_pictures_in_one_line(run: Path, pipeline: Pipeline) -> None:
         jobs(["sea", "sea", "hills", "hills"]), replace(short.defaults, seed=5, num_steps=2), 24
     )
     assert [image.tobytes() for image in made] == [w.permute(1, 2, 0).numpy().tobytes() for w in wanted]
+    assert short("sea", sampler="heun")[0].tobytes() != short("sea")[0].tobytes()
+    with pytest.raises(ConfigError, match="did you mean 'heun'"):
+        short("sea", sampler="huen")
     picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
     assert short("sea", image=picture)[0].tobytes() != short("sea")[0].tobytes()
     with pytest.raises(ConfigError, match="image is no tensor"):
