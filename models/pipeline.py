@@ -1,6 +1,6 @@
 """Prompts to pictures: text encoder, denoiser, guidance, sampler and decoder in their order.
 
-The one place besides `models.registry` that joins networks and mathematics. Training, `sample.py` and the
+Joins networks and mathematics, as `models.registry`, `sampling` and `loading` do. Training, `sample.py` and the
 evaluation all make pictures through it, so they make the same ones. Needs no lightning.
 """
 

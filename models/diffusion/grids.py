@@ -122,7 +122,6 @@ def _closed(inner: Tensor, what: str) -> Tensor:
     if not bool((times.diff() < 0).all()):
         raise ValueError(
             f"{what} puts two of its {len(inner) + 1} steps on the same time of this schedule; use fewer "
-            f"steps or "
-            "a milder spacing"
+            "steps or a milder spacing"
         )
     return times

@@ -77,8 +77,7 @@ class Interval:
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(
                 f"the guidance interval is {self.low} to {self.high}, but must rise within [0, 1] in t, "
-                f"where 1 is "
-                "pure noise; 0 to 1 is everywhere"
+                "where 1 is pure noise; 0 to 1 is everywhere"
             )
 
     def contains(self, t: Tensor) -> Tensor:
@@ -214,8 +213,7 @@ class Guidance:
         if zero_init != 0 and interval_high <= 1 - zero_init:
             raise ValueError(
                 f"zero_init is {zero_init}, but there is no guidance above interval_high={interval_high}, "
-                f"so it has "
-                "no effect; raise interval_high to 1 or leave zero_init at 0"
+                "so it has no effect; raise interval_high to 1 or leave zero_init at 0"
             )
         projection = Projection(parallel, momentum, norm_limit)
         plain = (parallel, momentum, norm_limit) == (1, 0, None)
