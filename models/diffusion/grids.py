@@ -60,8 +60,7 @@ def karras_grid(
     if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
         raise ValueError(
             f"sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}: all must be positive and sigma_min "
-            f"below "
-            "sigma_max; the paper's are 0.002, 80 and 7"
+            "below sigma_max; the paper's are 0.002, 80 and 7"
         )
     sigma_max = min(sigma_max, math.exp(-float(schedule.log_snr(torch.ones(1))) / 2))
     roots = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)

@@ -82,8 +82,9 @@ def edm_stochastic(
     """
     if not (churn >= 0 and inflation > 0 and 0 <= lowest < highest):
         raise ValueError(
-            f"churn {churn}, lowest {lowest}, highest {highest}, inflation {inflation}: churn must be at least "
-            "0, inflation positive, and lowest at least 0 and below highest; the paper's are 40, 0.05, 50, 1.003"
+            f"churn {churn}, lowest {lowest}, highest {highest}, inflation {inflation}: churn must be at "
+            "least 0, inflation positive, lowest at least 0 and below highest; the paper's are 40, 0.05, 50, "
+            "1.003"
         )
     at = points(schedule, times)
     gamma = min(churn / max(len(times) - 1, 1), _MOST_CHURN)
