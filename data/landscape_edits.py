@@ -33,7 +33,7 @@ from data.landscapes import (
     factors,
     jpeg,
 )  # fmt: skip
-from data.rendering import Plan, write_rendered
+from data.rendering import RenderPlan, write_rendered
 
 #: Grows whenever the same (seed, index) would give another pair or instruction.
 EDITS_VERSION = 100 * LANDSCAPES_VERSION + 1
@@ -205,5 +205,5 @@ def write_landscape_edits(
     Each sample is `edit-<index>` with the fields of `encode_edit`. Everything else, errors included, is as
     in `data.landscapes.write_landscapes`.
     """
-    plan = Plan("landscape_edits", EDITS_VERSION, seed, resolution, shard_size)
+    plan = RenderPlan("landscape_edits", EDITS_VERSION, seed, resolution, shard_size)
     return write_rendered(folder, _sample, plan, count, workers, progress)

@@ -21,7 +21,7 @@ from PIL import Image
 from data.landscape_captions import PATTERNS, caption
 from data.landscape_painter import render
 from data.landscape_scenes import FACTORS, Light, Scene, Sky, Terrain, Time, draw_scene, factors
-from data.rendering import Plan, write_rendered
+from data.rendering import RenderPlan, write_rendered
 
 __all__ = [
     "FACTORS",
@@ -88,5 +88,5 @@ def write_landscapes(
     `progress` is called with the number of pictures of every shard that is finished. Raises DataError where
     the folder holds anything else, ValueError for a count or shard size below 1.
     """
-    plan = Plan("landscapes", LANDSCAPES_VERSION, seed, resolution, shard_size)
+    plan = RenderPlan("landscapes", LANDSCAPES_VERSION, seed, resolution, shard_size)
     return write_rendered(folder, _sample, plan, count, workers, progress)

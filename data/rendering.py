@@ -3,7 +3,7 @@
 What is drawn is the caller's: a function `(seed, index, resolution) -> (key, fields)` of a module, since
 other processes import it by name. Beside the shards lies a plan, a small JSON of all that the bytes depend
 on; a folder that holds something else is refused, and a stopped run goes on where it was.
-Use: `write_rendered(folder, sample, Plan("landscapes", 1, seed, resolution, 1024), count=20_000, workers=2)`.
+Use: `write_rendered(folder, sample, RenderPlan("landscapes", 1, seed, 64, 1024), count=20_000, workers=2)`.
 """
 
 import json
@@ -17,11 +17,11 @@ from data.shard_index import DataError, current_index, write_atomic
 from data.writer import write_shard
 
 #: (seed, index, resolution) -> (key, {field: bytes}).
-Sampler = Callable[[int, int, int], tuple[str, dict[str, bytes]]]
+MakeSample = Callable[[int, int, int], tuple[str, dict[str, bytes]]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RenderPlan:
     """Returns what the bytes of a folder depend on; `name` is also that of its plan file and its kind."""
 
     name: str
@@ -37,8 +37,8 @@ class Plan:
 
 def write_rendered(
     folder: Path,
-    sample: Sampler,
-    plan: Plan,
+    sample: MakeSample,
+    plan: RenderPlan,
     count: int,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -78,7 +78,7 @@ def write_rendered(
     return [path for path, _ in jobs]
 
 
-def _write(path: Path, sample: Sampler, plan: Plan, indices: range) -> int:
+def _write(path: Path, sample: MakeSample, plan: RenderPlan, indices: range) -> int:
     """Writes one shard; returns how many samples it holds."""
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -96,7 +96,7 @@ def _finished(path: Path, count: int) -> bool:
         return False
 
 
-def _check_plan(folder: Path, plan: Plan, names: set[str]) -> None:
+def _check_plan(folder: Path, plan: RenderPlan, names: set[str]) -> None:
     """Records what `folder` holds, or raises DataError where it already holds something else."""
     path, wanted = folder / f"{plan.name}.json", plan.record()
     others = sorted(shard.name for shard in folder.glob("*.tar") if shard.name not in names)
