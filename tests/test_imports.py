@@ -33,8 +33,9 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "data": ("data",),
     "evaluation": ("evaluation", "models", "joins", "models.diffusion", "data"),
+    "web": ("web", "evaluation", "models", "joins", "models.diffusion", "data"),
     "conf": _ALL,
-    "scripts": (*_ALL, "scripts"),
+    "scripts": (*_ALL, "web", "scripts"),
     "train": _ALL,
     "sample": _ALL,
 }
@@ -47,6 +48,10 @@ ADDRESSES: dict[str, tuple[str, ...]] = {
     "webdataset": ("data/", "scripts/"),
     "open_clip": ("models/text_encoder.py",),
     "wandb": ("models/stages/logs.py",),
+    "starlette": ("web/",),
+    "uvicorn": ("web/",),
+    "sqlite3": ("evaluation/",),
+    "optuna": ("scripts/",),
 }
 
 
