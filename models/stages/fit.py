@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from data.datamodule import DataModule
 from data.progress import Progress
@@ -23,6 +19,7 @@ from models.stages.saving import Saver
 from models.stages.session import Session
 from models.stages.signals import SAVE, Stopped
 from models.stages.stage import Stage, restore_networks, restore_optimizer
+from models.stages.strategies import make_trainer
 
 #: How often one command goes back to a checkpoint before it gives up.
 MAX_REWINDS = 5
@@ -94,7 +91,8 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         )  # fmt: skip
         stage.guard = guard
         trace = [Trace(stage, here, session.ranks)] if options.trace else []
-        trainer = _trainer(stage, session, [
+        logger = session.logger.build(session.folder, stage.name) if session.ranks.first else False
+        trainer = make_trainer(session.ranks, stage.compute.device, logger, [
             _RestoreOptimizer(stage, checkpoint), guard, Clock(stage, session.ranks), *trace, *callbacks,
             Stopping(stage),
         ])  # fmt: skip
@@ -124,50 +122,6 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         f"{reason}; lower optimizer.{stage.name}.lr, look at the keys in {guard.path}, then continue with "
         "resume=true"
     )
-
-
-def _trainer(stage: Stage, session: Session, callbacks: list[Callback]) -> Trainer:
-    ranks, device = session.ranks, stage.compute.device
-    logger = session.logger.build(session.folder, stage.name) if ranks.first else False
-    strategy: Strategy = SingleDeviceStrategy(device)
-    if ranks.size > 1:
-        # Where unused parameters are looked for, gradients are summed in one order from the first step on,
-        # else in another after it, and a resumed run of more than two ranks would differ in the last bits.
-        strategy = DDPStrategy(
-            parallel_devices=[torch.device(device.type, i) for i in range(ranks.local_size)]
-            if device.type == "cuda"
-            else [torch.device("cpu")] * ranks.local_size,
-            cluster_environment=TorchElasticEnvironment(),
-            process_group_backend="gloo" if device.type == "cpu" else "nccl",
-            find_unused_parameters=ranks.size > 2,
-            broadcast_buffers=False,
-        )
-    trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        strategy=strategy,
-        devices=ranks.local_size if ranks.size > 1 else 1,
-        num_nodes=ranks.size // ranks.local_size,
-        max_epochs=1,
-        precision="32-true",  # autocast is the stage's own, so that probes and pictures compute alike
-        logger=logger,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer._signal_connector = _OwnSignals(trainer)
-    return trainer
-
-
-class _OwnSignals(_SignalConnector):
-    """Lightning's place for signal handlers, left empty: its own exchange data inside a handler, which hangs.
-
-    It has no option for that; a test looks whether it still asks here.
-    """
-
-    def register_signal_handlers(self) -> None:
-        """Registers none."""
 
 
 class _RestoreOptimizer(Callback):

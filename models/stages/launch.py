@@ -68,7 +68,7 @@ def _start(rank: int, size: int, port: int) -> "subprocess.Popen[bytes]":
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _PARENT: os.getpid(),
     }  # fmt: skip
-    # The reducer would warn on each rank about an option that is set on purpose (fit.py).
+    # The reducer would warn on each rank about an option that is set on purpose (strategies.py).
     environment = (
         {"TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ | {key: str(value) for key, value in place.items()}
     )
