@@ -1,0 +1,1 @@
+"""The local page: arena and prompt studio, one starlette application served by uvicorn."""
