@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 import numpy as np
+from scipy.sparse import coo_array, csr_array
 
 
 class Outcome(StrEnum):
@@ -121,8 +122,15 @@ class VoteTable:
     def counts(self) -> np.ndarray:
         """Returns how often each outcome happened: int64 `[n n 4]` by left, right and `Outcome`."""
         n = len(self.entrants)
-        cells = (self.left * n + self.right) * len(OUTCOMES) + self.outcome
-        return np.bincount(cells, minlength=n * n * len(OUTCOMES)).reshape(n, n, len(OUTCOMES))
+        return np.bincount(self._cells(), minlength=n * n * len(OUTCOMES)).reshape(n, n, len(OUTCOMES))
+
+    def counts_by_voter(self) -> csr_array:
+        """Returns the same for each voter, sparse int64 `[voters n*n*4]`: most met few pairs."""
+        shape = (len(self.voters), len(self.entrants) ** 2 * len(OUTCOMES))
+        return coo_array((np.ones(len(self), np.int64), (self.voter, self._cells())), shape).tocsr()
+
+    def _cells(self) -> np.ndarray:
+        return (self.left * len(self.entrants) + self.right) * len(OUTCOMES) + self.outcome
 
 
 def wins_of(counts: np.ndarray) -> np.ndarray:

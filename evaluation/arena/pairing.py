@@ -1,0 +1,104 @@
+"""Which two entrants are shown next: the pair whose vote is expected to tell most, and sometimes any pair.
+
+A vote between a and b adds information w = p (1-p) along x = e_a - e_b, and lowers the variance of every
+difference z of strengths by w (z' C x)^2 / (1 + w x' C x), C the covariance of the strengths (Sherman &
+Morrison 1950). Those reductions are summed over all differences, each weighted by how much its variance
+matters: a pair whose order is settled matters little, one that could be either way much.
+Use: `choice = choose(VoteTable.of(votes, entrants), rng)`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr
+
+from evaluation.arena.intervals import model_covariance
+from evaluation.arena.ratings import rate
+from evaluation.arena.votes import VoteTable
+
+#: The share of showings that are spread evenly over all pairs: each keeps a chance, whatever the votes say.
+EXPLORATION = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Two entrants as they are to be shown; `propensity` is the probability of this pair among all pairs."""
+
+    left: str
+    right: str
+    propensity: float
+
+
+def choose(
+    table: VoteTable,
+    rng: np.random.Generator,
+    among: Sequence[str] | None = None,
+    exploration: float = EXPLORATION,
+) -> Choice:
+    """Returns a pair drawn by `pair_probabilities`, on sides drawn by `rng`.
+
+    `among` are the entrants that can be shown now; None: all of the table.
+
+    Raises:
+        ValueError: fewer than two entrants to choose from, or one that the table does not know.
+    """
+    names = table.entrants if among is None else tuple(among)
+    unknown = set(names) - set(table.entrants)
+    if unknown:
+        raise ValueError(f"the table of votes does not know {sorted(unknown)}; give it all entrants by name")
+    allowed = np.isin(np.array(table.entrants), np.array(names))
+    return draw(table.entrants, pair_probabilities(table.counts(), allowed, exploration), rng)
+
+
+def draw(entrants: Sequence[str], probabilities: np.ndarray, rng: np.random.Generator) -> Choice:
+    """Returns a pair drawn from `probabilities` float64 `[n n]`, on sides drawn by `rng`.
+
+    For a server that computes the probabilities once for many showings.
+    """
+    flat = probabilities.ravel()
+    first, second = divmod(int(rng.choice(len(flat), p=flat / flat.sum())), len(entrants))
+    sides = (first, second) if rng.random() < 0.5 else (second, first)
+    return Choice(entrants[sides[0]], entrants[sides[1]], float(probabilities[first, second]))
+
+
+def pair_probabilities(
+    counts: np.ndarray, allowed: np.ndarray, exploration: float = EXPLORATION
+) -> np.ndarray:
+    """Returns the probability of each pair to be shown next, float64 `[.. n n]`, above the diagonal.
+
+    `counts` int64 `[.. n n 4]`; `allowed` bool `[n]`: the entrants that can be shown. They sum to 1, and no
+    allowed pair has less than `exploration` / pairs.
+
+    Raises:
+        ValueError: fewer than two entrants are allowed, or `exploration` is not in (0, 1].
+    """
+    if allowed.sum() < 2:
+        raise ValueError(f"{allowed.sum()} entrants can be shown; a pair needs two")
+    if not 0.0 < exploration <= 1.0:
+        raise ValueError(
+            f"exploration is {exploration}; it must lie in (0, 1], or a pair could never be shown"
+        )
+    one, other = np.triu_indices(len(allowed), 1)
+    shown = allowed[one] & allowed[other]
+    one, other = one[shown], other[shown]
+    gains = _gains(counts, one, other)
+    total = gains.sum(-1, keepdims=True)
+    share = np.divide(gains, total, out=np.full_like(gains, 1.0 / len(one)), where=total > 0)
+    probabilities = np.zeros(counts.shape[:-1])
+    probabilities[..., one, other] = (1.0 - exploration) * share + exploration / len(one)
+    return probabilities
+
+
+def _gains(counts: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How much one vote on each of P pairs is expected to settle, `[.. P]`."""
+    fit = rate(counts)
+    between = model_covariance(fit)
+    rows = between[..., one, :] - between[..., other, :]
+    together = rows[..., one] - rows[..., other]  # covariance of the differences, [.. P P]
+    variance = np.diagonal(together, axis1=-2, axis2=-1)
+    apart = np.abs(fit.strengths[..., one] - fit.strengths[..., other])
+    unsettled = ndtr(-apart / np.sqrt(variance))  # the chance that the pair's order is wrong
+    chance = fit.chances[..., one, other]
+    weight = chance * (1.0 - chance)
+    return weight / (1.0 + weight * variance) * (unsettled[..., None, :] * together**2).sum(-1)
