@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from data.landscapes import FACTORS, LANDSCAPES_VERSION, draw_scene, factors, render
 from data.shard_index import write_atomic
+from models.portions import one_thread
 
 JUDGE_VERSION = 1
 RESOLUTION = 64
@@ -281,13 +282,9 @@ def train_judge(
     # One thread: the work of a step is too small to share out, and on a busy machine the threads of a step
     # wait for each other ten times longer than they compute. It also makes the result independent of their
     # number.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         _fit(judge, pixels, targets, epochs, rng, told)
         accuracies = _shares(judge, _signed(held_out), truth)
-    finally:
-        torch.set_num_threads(threads)
     judge.card = JudgeCard(seed, images, accuracies)
     return judge, accuracies
 

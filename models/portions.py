@@ -7,9 +7,9 @@ there are fewer, and on one thread; several portions are computed at a time inst
 depends on the size of a row's content alone. Used by `models.pipeline`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ TEXTS = 8
 def rows_for(limit: int, height: int, width: int) -> int:
     """How many rows of `height * width` a portion has."""
     return max(1, limit // (height * width))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """None; torch computes on one thread inside, so that no sum depends on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Portions:
