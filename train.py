@@ -5,6 +5,7 @@ python train.py experiment=flowers                another whole run
 python train.py data.shards=PATH stages=[autoencoder]
 python train.py base=runs/landscapes name=finer   begins with the networks of another run
 python train.py trainer.devices=2                 two processes, each with half of every batch
+python train.py plan=true devices=64 backbone=sd2 what that would need: memory, FLOPs, traffic
 python train.py --help                            groups, and every key with its value
 """
 
@@ -40,10 +41,11 @@ from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
 from models.sampling import Job
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
-from models.stages.compute import Compute, allow_shapes, set_threads
+from models.stages.compute import Compute, Precision, TrainerOptions, allow_shapes, set_threads
 from models.stages.depends import differences
 from models.stages.dropout import check_dropout
 from models.stages.encoding import is_frozen, text_identity
+from models.stages.estimate import dissect, layouts, show_estimate
 from models.stages.launch import launch, stay_with_parent
 from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
@@ -60,6 +62,9 @@ def train(config: DictConfig) -> None:
     """Runs what the composed configuration describes, in stages that each leave a verified checkpoint."""
     began, values = time.perf_counter(), plain(config)
     options = make("trainer", values["trainer"])
+    if values["estimate"]:
+        estimate(values, options)
+        return
     if options.devices > 1 and "RANK" not in os.environ:
         sys.exit(launch(options.devices))
     stay_with_parent()
@@ -79,6 +84,17 @@ def train(config: DictConfig) -> None:
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()
+
+
+def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
+    """Prints what the diffusion stage would need on `trainer.devices` devices, by strategy.
+
+    Raises:
+        ConfigError: networks, a resolution or a batch that do not fit together.
+    """
+    plan = make("plan/diffusion", values["plan"]["diffusion"])
+    anatomy = dissect(values, options.precision is not Precision.fp32)
+    show_estimate(anatomy, layouts(options.devices, 0), plan.batch_size, 1, plan.images)
 
 
 class Run:

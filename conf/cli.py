@@ -31,6 +31,8 @@ from models.stages.signals import Stopped
 FOLDER = Path(__file__).parent
 #: Keys whose values are taken to the letter.
 _TEXTS = ("prompt", "negative_prompt", "other_prompt", "watermark", "data.where")
+#: Short words of a command for its keys: `plan` is a group, so that it cannot be a switch as well.
+_SHORT = {"train": {"plan": "estimate", "devices": "trainer.devices"}}
 #: What goes on after an interruption.
 _AGAIN = {"train": "resume=true", "sample": "the same command"}
 
@@ -77,7 +79,7 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
     debug = any(word in ("debug=true", "debug=True") for word in sys.argv[1:])
     try:
         _refuse_targets(sys.argv[1:])
-        sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
+        sys.argv[1:] = [quoted(spelt_out(word, name)) for word in sys.argv[1:]]
         _compose_and_run(name, job)
         if failures:
             raise failures[0]
@@ -155,6 +157,12 @@ def quoted(word: str) -> str:
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     escaped = escaped.replace("${", "\\${")
     return f"{key}='{escaped}'"
+
+
+def spelt_out(word: str, name: str) -> str:
+    """An override of the configuration `name` with the key that a short word stands for."""
+    key, equals, value = word.partition("=")
+    return f"{_SHORT.get(name, {}).get(key, key)}{equals}{value}"
 
 
 def _refuse_targets(words: list[str]) -> None:

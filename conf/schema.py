@@ -64,6 +64,7 @@ class TrainConfig:
     seed: int = 0
     stages: list[StageName] = dataclasses.field(default_factory=lambda: list(StageName))
     resume: bool = False
+    estimate: bool = False  # what training would need is said, and nothing is trained; plan=true for short
     debug: bool = False
     folder: str = "runs"
     autoencoder: Any = MISSING
