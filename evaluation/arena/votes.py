@@ -115,9 +115,15 @@ class VoteTable:
         return len(self.left)
 
     def where(self, chosen: np.ndarray) -> "VoteTable":
-        """Returns the votes that a mask bool `[V]` or indices int64 choose; the names stay as they are."""
-        columns = (self.left, self.right, self.outcome, self.voter, self.category)
-        return VoteTable(self.entrants, self.voters, self.categories, *(column[chosen] for column in columns))
+        """Returns the votes that a mask bool `[V]` or indices int64 choose, and the voters who cast them.
+
+        Entrants and categories stay as they are.
+        """
+        present, voter = np.unique(self.voter[chosen], return_inverse=True)
+        voters = tuple(self.voters[k] for k in present)
+        left, right, outcome = self.left[chosen], self.right[chosen], self.outcome[chosen]
+        category = self.category[chosen]
+        return VoteTable(self.entrants, voters, self.categories, left, right, outcome, voter, category)
 
     def counts(self) -> np.ndarray:
         """Returns how often each outcome happened: int64 `[n n 4]` by left, right and `Outcome`."""
