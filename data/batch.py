@@ -61,6 +61,29 @@ class Batch:
         """Returns the batch with its tensors in page-locked memory, which a device copies without waiting."""
         return self._moved(lambda tensor: tensor.pin_memory())
 
+    def parts(self, count: int) -> "list[Batch]":
+        """Returns the batch in `count` equal parts, of views; what is counted stays with the whole.
+
+        Raises ValueError where it does not divide.
+        """
+        size, rest = divmod(len(self), count)
+        if rest:
+            raise ValueError(f"a batch of {len(self)} samples does not divide by {count}")
+        return [self] if count == 1 else [self._part(k * size, (k + 1) * size) for k in range(count)]
+
+    def _part(self, first: int, last: int) -> "Batch":
+        text = self.text
+        return Batch(
+            pixels=self.pixels[first:last],
+            tokens=self.tokens[first:last],
+            indices=self.indices[first:last],
+            captions=self.captions[first:last],
+            keys=self.keys[first:last],
+            moments=None if self.moments is None else self.moments[first:last],
+            before=None if self.before is None else self.before[first:last],
+            text=None if text is None else (text[0][first:last], text[1][first:last], text[2][first:last]),
+        )
+
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         text = self.text
         return replace(

@@ -49,13 +49,13 @@ from models.stages.compute import Compute
 from models.stages.diffusion import DiffusionStage
 preflight.decide = lambda *_: (Compute(torch.device("cpu"), False, True, False, "fixed by a test"), 0.01)
 train.NORMALISATION_IMAGES = 24
-step = DiffusionStage.training_step
-def training_step(self, batch, i):
+mean_loss = DiffusionStage.mean_loss
+def killing(self, batch):
     if self.images_seen == 48:
         time.sleep(1)  # the checkpoint of 32 images is written meanwhile
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, i)
-DiffusionStage.training_step = training_step
+    return mean_loss(self, batch)
+DiffusionStage.mean_loss = killing
 main("train", train.train)
 """
 NO_LIGHTNING = """

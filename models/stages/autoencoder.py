@@ -1,7 +1,6 @@
 """The autoencoder stage: pictures in, the same pictures out, through a few latent channels."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from lightning import LightningModule
@@ -33,6 +32,8 @@ class AutoencoderStage(LightningModule):
     name = "autoencoder"
     #: Set by whoever trains.
     guard: Guard
+    #: The guard computes loss and gradients in portions and applies them.
+    automatic_optimization = False
 
     def __init__(
         self,
@@ -64,7 +65,11 @@ class AutoencoderStage(LightningModule):
         self._encode = compute.wrap(self.autoencoder.encode)
         self._decode = compute.wrap(self.autoencoder.decode)
 
-    def training_step(self, batch: Batch, step: int) -> Tensor:
+    def training_step(self, batch: Batch, step: int) -> None:
+        """Leaves the step to the guard."""
+        self.guard.step(batch, self.trainer.optimizers[0])
+
+    def mean_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         draws = Draws(self.seed, batch.indices)
         images = self.compute.lay_out(batch.images)
@@ -120,10 +125,3 @@ class AutoencoderStage(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
         return self.optimizer_settings.build(self.networks.named_parameters())
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """Leaves it to the guard whether the step is applied."""
-        assert optimizer_closure is not None
-        self.guard.step(optimizer.optimizer, optimizer_closure)

@@ -45,6 +45,13 @@ class Switch(Enum):
     off = "off"
 
 
+class Reduce(Enum):
+    """How gradients are added up: as fast as it goes, or in one order whatever the ranks."""
+
+    fast = "fast"
+    tree = "tree"
+
+
 class Accelerator(Enum):
     """The device a run trains on; `auto` takes a GPU where there is one."""
 
@@ -60,9 +67,18 @@ class TrainerOptions:
         accelerator: the device.
         precision: what the networks multiply in.
         compile: whether the networks go through `torch.compile`.
-        threads: CPU threads of each process; 0 shares out the cores this process may use.
+        threads: CPU threads of each process; 0 shares out the cores this process may use, and is one thread
+            under `reduce=tree`, as the last bits may depend on how many there are.
         devices: processes that train together on this machine, each with its share of every batch.
+        accumulate: micro-batches that a process computes one after another for one step; of the same global
+            batch, in less memory.
+        reduce: how gradients are added up: `fast`, or `tree`, in one order, for the same bits on 1, 2, 4, ...
+            processes.
+        micro_batch: images whose gradients are a leaf of the tree; 0 is an eighth of the global batch, or
+            what comes next to it. The bits depend on it.
+        check_ranks_every_images: the processes compare their weights so often; 0 is never.
         timeout: seconds after which a process that does not answer the others ends the run.
+        connect_timeout: the same while the processes meet at the start.
         not_finite: what follows a loss or gradient that is not finite.
         spike_zscore: standard deviations above the recent losses from which a loss is told; 0 is never.
         rewind_spikes: whether such a loss also takes the weights back to the last checkpoint.
@@ -76,7 +92,12 @@ class TrainerOptions:
         compile: Switch = Switch.auto,
         threads: int = 0,
         devices: int = 1,
+        accumulate: int = 1,
+        reduce: Reduce = Reduce.fast,
+        micro_batch: int = 0,
+        check_ranks_every_images: int = 10_000,
         timeout: float = 1800.0,
+        connect_timeout: float = 300.0,
         not_finite: NotFinite = NotFinite.stop,
         spike_zscore: float = 0.0,
         rewind_spikes: bool = False,
@@ -86,8 +107,19 @@ class TrainerOptions:
             raise ValueError(f"threads is {threads}, but must be 0 or more")
         if devices < 1:
             raise ValueError(f"devices is {devices}, but must be at least 1")
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"timeout is {timeout}, but must be a positive number of seconds")
+        if accumulate < 1:
+            raise ValueError(f"accumulate is {accumulate}, but must be at least 1")
+        if micro_batch < 0:
+            raise ValueError(f"micro_batch is {micro_batch}, but must be 0 or more")
+        if micro_batch and reduce is not Reduce.tree:
+            raise ValueError(
+                f"micro_batch is {micro_batch}, but is an option of reduce=tree; give accumulate instead"
+            )
+        if check_ranks_every_images < 0:
+            raise ValueError(f"check_ranks_every_images is {check_ranks_every_images}, but must be 0 or more")
+        for name, seconds in {"timeout": timeout, "connect_timeout": connect_timeout}.items():
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name} is {seconds}, but must be a positive number of seconds")
         if not (math.isfinite(spike_zscore) and spike_zscore >= 0):
             raise ValueError(f"spike_zscore is {spike_zscore}, but must be 0 or a positive number")
         self.accelerator = accelerator
@@ -95,7 +127,12 @@ class TrainerOptions:
         self.compile = compile
         self.threads = threads
         self.devices = devices
+        self.accumulate = accumulate
+        self.reduce = reduce
+        self.micro_batch = micro_batch
+        self.check_ranks_every_images = check_ranks_every_images
         self.timeout = timeout
+        self.connect_timeout = connect_timeout
         self.not_finite = not_finite
         self.spike_zscore = spike_zscore
         self.rewind_spikes = rewind_spikes
@@ -216,7 +253,8 @@ def seconds_a_call(call: Callable[[], object], device: torch.device, budget: flo
 
 def set_threads(options: TrainerOptions, local_size: int = 1) -> None:
     """Fixes the number of CPU threads torch computes with in each of `local_size` processes."""
-    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    share = 1 if options.reduce is Reduce.tree else max(1, len(os.sched_getaffinity(0)) // local_size)
+    torch.set_num_threads(options.threads or share)
 
 
 def allow_shapes(count: int) -> None:

@@ -4,8 +4,7 @@ Where the backbone takes a picture, a batch is of pairs: the stage learns to mak
 first and of an instruction (InstructPix2Pix, Brooks et al. 2023, arXiv 2211.09800).
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from lightning import LightningModule
@@ -52,6 +51,8 @@ class DiffusionStage(LightningModule):
     name = "diffusion"
     #: Set by whoever trains.
     guard: Guard
+    #: The guard computes loss and gradients in portions and applies them.
+    automatic_optimization = False
 
     def __init__(
         self,
@@ -97,7 +98,11 @@ class DiffusionStage(LightningModule):
         mine = {key.removeprefix("autoencoder."): tensor for key, tensor in tensors.items()}
         load_weights(self._autoencoder[0], mine, label)
 
-    def training_step(self, batch: Batch, step: int) -> Tensor:
+    def training_step(self, batch: Batch, step: int) -> None:
+        """Leaves the step to the guard."""
+        self.guard.step(batch, self.trainer.optimizers[0])
+
+    def mean_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         return self._loss(
             self.text_encoder, self._backbone, batch, self.seed, self.conditioning_dropout
@@ -192,10 +197,3 @@ class DiffusionStage(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
         return self.optimizer_settings.build(self.networks.named_parameters())
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """Leaves it to the guard whether the step is applied."""
-        assert optimizer_closure is not None
-        self.guard.step(optimizer.optimizer, optimizer_closure)

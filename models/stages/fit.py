@@ -13,8 +13,10 @@ from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
 from models.stages.callbacks import Checkpointing, Clock, Metrics, Stopping, Trace, Validation
+from models.stages.division import divide
 from models.stages.guard import Guard, Rewind
 from models.stages.memory import out_of_memory
+from models.stages.reduce import make_reduction
 from models.stages.saving import Saver
 from models.stages.session import Session
 from models.stages.signals import SAVE, Stopped
@@ -82,24 +84,24 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
     """Makes the steps that are left, going back to a checkpoint where the guard asks for it."""
     stage, checkpoint = work.stage, work.checkpoint
     assert isinstance(stage, LightningModule)
-    here, options = session.folder / stage.name, session.options
+    here, options, ranks = session.folder / stage.name, session.options, session.ranks
+    division = divide(f"plan.{stage.name}", stage.plan.batch_size, ranks.size, options)
     reason = ""
     for attempt in range(MAX_REWINDS + 1):
         guard = Guard(
-            stage, here, session.ranks, session.signals,
+            stage, here, ranks, session.signals, make_reduction(options.reduce, division, ranks),
             options.not_finite, options.spike_zscore, options.rewind_spikes,
         )  # fmt: skip
         stage.guard = guard
-        trace = [Trace(stage, here, session.ranks)] if options.trace else []
-        logger = session.logger.build(session.folder, stage.name) if session.ranks.first else False
-        trainer = make_trainer(session.ranks, stage.compute.device, logger, [
-            _RestoreOptimizer(stage, checkpoint), guard, Clock(stage, session.ranks), *trace, *callbacks,
-            Stopping(stage),
+        trace = [Trace(stage, here, ranks)] if options.trace else []
+        logger = session.logger.build(session.folder, stage.name) if ranks.first else False
+        trainer = make_trainer(ranks, stage.compute.device, options.reduce, logger, [
+            _RestoreOptimizer(stage, checkpoint), Clock(stage, ranks), *trace, *callbacks, Stopping(stage),
         ])  # fmt: skip
         if attempt == 0:
             for each in trainer.loggers:
                 each.log_hyperparams(dict(session.config))
-        start, ranks = stage.images_seen, session.ranks
+        start = stage.images_seen
         try:
             trainer.fit(stage, work.data.train_loader(start, stage.plan.images, ranks.rank, ranks.size))
             return trainer

@@ -7,17 +7,15 @@ applied; what happens then is `NotFinite`. A loss far above the recent ones is t
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 
 from data.batch import Batch
 from models.stages.faults import NotFinite
 from models.stages.ranks import Ranks
+from models.stages.reduce import Reduction, pairwise_mean
 from models.stages.signals import Signals
 from models.stages.stage import Stage
 
@@ -36,14 +34,15 @@ class Rewind(Exception):  # noqa: N818 - it is no error, but the way back to the
         self.reason = reason
 
 
-class Guard(Callback):
-    """Looks at every step before it is applied.
+class Guard:
+    """Makes every step, and looks at it before it is applied.
 
     Args:
         stage: what is trained.
         folder: of the stage, for `faults.jsonl`: what happened, and the keys of the batch, a line a rank.
         ranks: that train together.
         signals: what was asked for.
+        reduction: how the gradients come about.
         policy: what follows a step that is not finite.
         spike_zscore: standard deviations above the recent losses from which a loss is a spike; 0 is never.
         rewind_spikes: whether a spike rewinds too.
@@ -55,6 +54,7 @@ class Guard(Callback):
         folder: Path,
         ranks: Ranks,
         signals: Signals,
+        reduction: Reduction,
         policy: NotFinite = NotFinite.stop,
         spike_zscore: float = 0.0,
         rewind_spikes: bool = False,
@@ -63,6 +63,7 @@ class Guard(Callback):
         self.path = folder / "faults.jsonl"
         self.ranks = ranks
         self.signals = signals
+        self.reduction = reduction
         self.policy = policy
         self.spike_zscore = spike_zscore
         self.rewind_spikes = rewind_spikes
@@ -73,31 +74,30 @@ class Guard(Callback):
         self._skipped = 0
         self._batch: Batch | None = None
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
-        self._batch = batch
-
-    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> None:
-        """Computes loss and gradients by `closure`, and lets `optimizer` apply them if they are finite.
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        """Computes loss and gradients of a batch, and lets `optimizer` apply them if they are finite.
 
         Args:
+            batch: this rank's share of the global batch.
             optimizer: of the trained networks; unchanged where the step is refused.
-            closure: forward and backward pass; returns the loss.
 
         Raises:
             FloatingPointError: not finite, and the policy is to stop, or too many were left out in a row.
             Rewind: not finite or a spike, and the policy is to rewind.
             RankError: a rank is gone or does not answer.
         """
+        self._batch = batch
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
         try:
-            self.own_loss = float(closure().detach())
+            self.own_loss = self.reduction.gradients(self.stage, batch, trained)
         except RuntimeError as error:  # gradients are exchanged in the backward pass
             if self.ranks.size > 1 and ("gloo" in str(error) or "NCCL" in str(error)):
                 raise self.ranks.explain(error) from error
             raise
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p in trained if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         every = self.ranks.gather([self.own_loss, float(norm), float(self.signals.asked)])
-        self.loss = fmean(loss for loss, _, _ in every)
+        self.loss = pairwise_mean([loss for loss, _, _ in every])
         self.asked = max(int(asked) for _, _, asked in every)
         self.applied = all(math.isfinite(number) for row in every for number in row)
         if not self.applied:

@@ -124,7 +124,7 @@ def show(costs: list[Cost], free_disk: float) -> None:
 
 def _step(stage: Stage, batch: Batch) -> Tensor:
     """The loss of one training step, whose gradients are dropped."""
-    loss = stage.training_step(batch, 0)
+    loss = stage.mean_loss(batch)
     loss.backward()
     stage.networks.zero_grad(set_to_none=True)
     return loss

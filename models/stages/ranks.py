@@ -100,6 +100,24 @@ class Ranks:
             distributed.all_gather_into_tensor(every.view(-1), padded)
         return torch.cat([row[:length] for row, length in zip(every, lengths, strict=True)])
 
+    def swap(self, rows: Tensor) -> Tensor:
+        """Row `rank` of every rank's `rows` [R N], in the order of the ranks: [R N]; RankError as `gather`."""
+        if self.size == 1:
+            return rows
+        swapped = torch.empty_like(rows)
+        with self._named_errors():
+            distributed.all_to_all_single(swapped, rows)
+        return swapped
+
+    def collect(self, part: Tensor) -> Tensor:
+        """The `part` [N] of every rank, in the order of the ranks: [R * N]; RankError as `gather`."""
+        if self.size == 1:
+            return part
+        every = part.new_empty(self.size * len(part))
+        with self._named_errors():
+            distributed.all_gather_into_tensor(every, part)
+        return every
+
     def share(self, value: Any) -> Any:
         """The first rank's `value`, made of JSON values; the others' own is not looked at.
 

@@ -18,6 +18,8 @@ from models.stages.ema import Ema
 from models.stages.plan import Plan
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+
     from models.stages.guard import Guard
 
 
@@ -32,6 +34,8 @@ class Stage(Protocol):
     images_seen: int
     #: Applies the steps; set by whoever trains.
     guard: "Guard"
+    #: Lightning's; while it trains.
+    trainer: "Trainer"
     #: Losses since the last line of metrics, and the last ones of all; a resumed run goes on with them.
     unlogged_losses: list[float]
     recent_losses: list[float]
@@ -39,8 +43,11 @@ class Stage(Protocol):
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
 
-    def training_step(self, batch: Batch, step: int) -> Tensor:
+    def mean_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
+
+    def manual_backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss` to those of the parameters."""
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Held-out figures of the averaged weights, one number a sample."""

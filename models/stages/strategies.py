@@ -1,31 +1,39 @@
 """How the ranks share a stage's work: Lightning's strategy and trainer for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from models.stages.compute import Reduce
 from models.stages.ranks import Ranks
 
 
 def make_trainer(
-    ranks: Ranks, device: torch.device, logger: Logger | bool, callbacks: list[Callback]
+    ranks: Ranks, device: torch.device, reduce: Reduce, logger: Logger | bool, callbacks: list[Callback]
 ) -> Trainer:
     """A trainer of one pass over the data, whose every habit of its own is switched off.
 
     Args:
         ranks: that train together.
         device: what the networks compute on.
+        reduce: who adds up the gradients of the ranks: the strategy, or the project's own tree (reduce.py),
+            of which Lightning knows nothing and sees one process.
         logger: besides `metrics.jsonl`; False on all ranks but the first.
         callbacks: in the order in which they are called.
     """
+    together = ranks if reduce is Reduce.fast else Ranks.alone()
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        strategy=make_strategy(ranks, device),
-        devices=ranks.local_size if ranks.size > 1 else 1,
-        num_nodes=ranks.size // ranks.local_size,
+        strategy=make_strategy(together, device),
+        devices=together.local_size,
+        num_nodes=together.size // together.local_size,
+        plugins=[TorchElasticEnvironment() if together.size > 1 else LightningEnvironment()],
         max_epochs=1,
         precision="32-true",  # autocast is the stage's own, so that probes and pictures compute alike
         logger=logger,
@@ -49,11 +57,20 @@ def make_strategy(ranks: Ranks, device: torch.device) -> Strategy:
         parallel_devices=[torch.device(device.type, i) for i in range(ranks.local_size)]
         if device.type == "cuda"
         else [torch.device("cpu")] * ranks.local_size,
-        cluster_environment=TorchElasticEnvironment(),
         process_group_backend="gloo" if device.type == "cpu" else "nccl",
         find_unused_parameters=ranks.size > 2,
         broadcast_buffers=False,
     )
+
+
+@contextmanager
+def without_exchange(strategy: Strategy) -> Iterator[None]:
+    """Backward passes within it keep their gradients to this rank; the next one exchanges them too."""
+    if isinstance(strategy, DDPStrategy):
+        with strategy.block_backward_sync():
+            yield
+    else:
+        yield
 
 
 class _OwnSignals(_SignalConnector):

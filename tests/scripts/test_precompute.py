@@ -224,7 +224,7 @@ def stage_of(config: dict[str, Any], run: Path) -> DiffusionStage:
 def losses(stage: DiffusionStage, batches: list[Batch]) -> list[float]:
     optimizer, found = stage.configure_optimizers(), []
     for batch in batches:
-        loss = stage.training_step(batch, 0)
+        loss = stage.mean_loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_stored_text_of_a_trained_encoder_is_refused(
     stage = stage_of(frozen, run)
     stage.text_encoder.requires_grad_(True)
     with pytest.raises(ValueError, match="this one is trained"):
-        stage.training_step(MomentsCollate(stage.text_encoder.tokenizer)(train.__getitems__([0, 1])), 0)
+        stage.mean_loss(MomentsCollate(stage.text_encoder.tokenizer)(train.__getitems__([0, 1])))
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -130,10 +130,10 @@ def test_a_step_that_is_not_a_number_is_not_applied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = make_stage("autoencoder", plan=plan)
-    real, kept = AutoencoderStage.training_step, {}
+    real, kept = AutoencoderStage.mean_loss, {}
 
-    def broken(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
-        loss = real(self, batch, step)
+    def broken(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
+        loss = real(self, batch)
         if stage.images_seen == 12:
             kept.update({k: v.clone() for k, v in stage.networks.state_dict().items()})
             if where == "loss":
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_a_number_is_not_applied(
             next(iter(stage.networks.parameters())).register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", broken)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", broken)
     with pytest.raises(FloatingPointError, match=r"stage autoencoder at 12 images: .* was not applied"):
         train(stage, Loaders(make_batch), tmp_path)
     after = stage.networks.state_dict()
@@ -164,17 +164,17 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
     train(whole, Loaders(make_batch), tmp_path / "whole")
     stage, real, before = (
         make_stage("autoencoder", plan=plan),
-        AutoencoderStage.training_step,
+        AutoencoderStage.mean_loss,
         signal.getsignal(number),
     )
 
-    def signalled(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
+    def signalled(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
         if self.images_seen == 12:
             os.kill(os.getpid(), number)
-        return real(self, batch, step)
+        return real(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AutoencoderStage, "training_step", signalled)
+        patch.setattr(AutoencoderStage, "mean_loss", signalled)
         with pytest.raises(Stopped) as stop:
             train(stage, Loaders(make_batch), tmp_path)
     assert stop.value.code == code
@@ -199,14 +199,14 @@ def test_a_wish_to_save_is_met_and_the_run_goes_on(
     plan = Plan(
         images=24, batch_size=4, warmup_images=0, validate_every_images=100, checkpoint_every_images=100
     )
-    stage, real = make_stage("autoencoder", plan=plan), AutoencoderStage.training_step
+    stage, real = make_stage("autoencoder", plan=plan), AutoencoderStage.mean_loss
 
-    def signalled(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
+    def signalled(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
         if self.images_seen == 8:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(self, batch, step)
+        return real(self, batch)
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", signalled)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", signalled)
     train(stage, Loaders(make_batch), tmp_path)
     kept = sorted(p.name for p in (tmp_path / "autoencoder" / "checkpoints").glob("images-*"))
     assert kept == ["images-000000000012", "images-000000000024"]
@@ -214,13 +214,13 @@ def test_a_wish_to_save_is_met_and_the_run_goes_on(
 
 def poison(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
     """Makes the loss of the steps after so many images not a number."""
-    real = AutoencoderStage.training_step
+    real = AutoencoderStage.mean_loss
 
-    def broken(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
-        loss = real(self, batch, step)
+    def broken(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
+        loss = real(self, batch)
         return loss * float("nan") if self.images_seen in at else loss
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", broken)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", broken)
 
 
 def test_a_bad_batch_can_be_left_out(
@@ -285,12 +285,12 @@ def test_a_spike_is_told(
     make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    real = AutoencoderStage.training_step
+    real = AutoencoderStage.mean_loss
 
-    def spiking(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
-        return real(self, batch, step) * (1e4 if self.images_seen == 160 else 1)
+    def spiking(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
+        return real(self, batch) * (1e4 if self.images_seen == 160 else 1)
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", spiking)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", spiking)
     plan = Plan(images=168, batch_size=4, validate_every_images=1000, checkpoint_every_images=1000)
     train(make_stage("autoencoder", plan=plan), Loaders(make_batch), tmp_path, spike_zscore=8.0)
     (fault,) = lines(tmp_path / "autoencoder" / "faults.jsonl")
@@ -302,10 +302,10 @@ def test_a_spike_is_told(
 def test_running_out_of_memory_says_what_helps(
     make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def greedy(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
+    def greedy(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", greedy)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", greedy)
     with pytest.raises(
         OSError, match=r"stage autoencoder: out of memory .* lower plan.autoencoder.batch_size, .*"
     ):
@@ -337,13 +337,13 @@ def test_lightning_registers_no_handlers_of_its_own(
     make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = AutoencoderStage.training_step
+    real = AutoencoderStage.mean_loss
 
-    def looking(self: AutoencoderStage, batch: Batch, step: int) -> torch.Tensor:
+    def looking(self: AutoencoderStage, batch: Batch) -> torch.Tensor:
         seen.append(signal.getsignal(signal.SIGTERM))
-        return real(self, batch, step)
+        return real(self, batch)
 
-    monkeypatch.setattr(AutoencoderStage, "training_step", looking)
+    monkeypatch.setattr(AutoencoderStage, "mean_loss", looking)
     train(make_stage("autoencoder", plan=plan), Loaders(make_batch), tmp_path)
     assert all("Signals._set" in repr(handler) for handler in seen)
     assert seen

@@ -34,9 +34,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(stage: Any, make_batch
     parts = torch.cat([losses(stage, make_batch(3), 0.5), losses(stage, make_batch(5, 3), 0.5)])
     assert whole.shape == (8,)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
-    assert stage.training_step(make_batch(8), 0).item() == pytest.approx(
-        losses(stage, make_batch(8)).mean().item()
-    )
+    assert stage.mean_loss(make_batch(8)).item() == pytest.approx(losses(stage, make_batch(8)).mean().item())
 
 
 def test_dropout_puts_the_empty_caption(stage: Any, make_batch: MakeBatch, monkeypatch: Any) -> None:
@@ -81,7 +79,7 @@ def test_validation_never_changes(stage: Any, make_batch: MakeBatch) -> None:
 def test_the_autoencoder_stays_as_it_is(stage: Any, make_batch: MakeBatch) -> None:
     assert not any("autoencoder" in name for name, _ in stage.named_parameters())
     before = {k: v.clone() for k, v in stage._autoencoder[0].state_dict().items()}
-    stage.training_step(make_batch(4), 0).backward()
+    stage.mean_loss(make_batch(4)).backward()
     assert all(torch.equal(before[k], v) for k, v in stage._autoencoder[0].state_dict().items())
     assert all(p.grad is None for p in stage._autoencoder[0].parameters())
     assert any(p.grad is not None and p.grad.any() for p in stage.text_encoder.parameters())
@@ -94,7 +92,7 @@ def test_it_learns_one_batch(make_stage: MakeStage, make_batch: MakeBatch) -> No
     optimizer = stage.configure_optimizers()
     history = []
     for _ in range(40):
-        loss = stage.training_step(batch, 0)
+        loss = stage.mean_loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +17,23 @@ from models.stages.callbacks import Metrics
 from models.stages.faults import NotFinite
 from models.stages.guard import MAX_SKIPPED, Guard, Rewind
 from models.stages.ranks import Ranks
+from models.stages.reduce import Reduction
 from models.stages.signals import Signals
+from models.stages.stage import Stage
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
+
+
+class Numbers(Reduction):
+    """Gradients of one number, and the loss that is to be met next."""
+
+    loss = math.nan
+
+    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[torch.Tensor]) -> float:
+        (number,) = parameters
+        number.grad = torch.tensor(1.0)
+        return self.loss
 
 
 class Stepper:
@@ -29,18 +42,13 @@ class Stepper:
     def __init__(self, stage: Any, batch: Batch, folder: Path, **options: Any) -> None:
         self.number = torch.nn.Parameter(torch.ones(()))
         self.optimizer = torch.optim.SGD([self.number], lr=0.1)
-        self.guard = Guard(stage, folder, Ranks.alone(), Signals(), **options)
-        self.guard.on_train_batch_start(None, None, batch, 0)  # type: ignore[arg-type]
+        self.batch, self.losses = batch, Numbers()
+        self.guard = Guard(stage, folder, Ranks.alone(), Signals(), self.losses, **options)
         self.faults = folder / "faults.jsonl"
 
     def step(self, loss: float) -> None:
-        def closure() -> torch.Tensor:
-            self.optimizer.zero_grad()
-            value = (self.number - self.number.detach()) + loss
-            value.backward()
-            return value
-
-        self.guard.step(self.optimizer, closure)
+        self.losses.loss = loss
+        self.guard.step(self.batch, self.optimizer)
 
     @property
     def written(self) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def test_flops_of_one_convolution(make_batch: MakeBatch, make_stage: Callable[..
     stage = make_stage("autoencoder")
     layer = torch.nn.Conv2d(3, 5, 3, padding=1)
     stage.networks = torch.nn.ModuleDict({"layer": layer})
-    stage.training_step = lambda batch, step: layer(batch.images).square().mean()
+    stage.mean_loss = lambda batch: layer(batch.images).square().mean()
     forward = 2 * 3 * 5 * 9 * 16 * 16
     # Its backward pass counts the gradient of the weights; the pictures need none.
     assert preflight(stage, make_batch, SESSION).flops_an_image == 2 * forward
