@@ -66,11 +66,12 @@ def divide(label: str, batch_size: int, ranks: int, options: TrainerOptions) -> 
             f"{batch_size}), which works on {works} ranks and not on {ranks}; give another number of ranks, "
             "a smaller trainer.micro_batch, or trainer.reduce=fast"
         )
-    if leaf > share // accumulate:
+    most = share // accumulate
+    if leaf > most:
         raise ConfigError(
-            f"trainer.accumulate is {accumulate}, so that at most {share // accumulate} of {label}.batch_size="
-            f"{batch_size} images are computed at once, but trainer.reduce=tree computes micro-batches of "
-            f"{leaf}; set trainer.micro_batch to {share // accumulate}, or leave out trainer.accumulate"
+            f"trainer.accumulate is {accumulate}, so that at most {most} of {label}.batch_size={batch_size} "
+            f"images are computed at once, but trainer.reduce=tree computes micro-batches of {leaf}; set "
+            f"trainer.micro_batch={most}, or leave out trainer.accumulate"
         )
     return Division(batch_size, ranks, leaves // ranks)
 

@@ -101,7 +101,7 @@ class Ranks:
         return torch.cat([row[:length] for row, length in zip(every, lengths, strict=True)])
 
     def swap(self, rows: Tensor) -> Tensor:
-        """Row `rank` of every rank's `rows` [R N], in the order of the ranks: [R N]; RankError as `gather`."""
+        """Row `rank` of every rank's `rows` [R N], as the ranks are ordered: [R N]; RankError as `gather`."""
         if self.size == 1:
             return rows
         swapped = torch.empty_like(rows)

@@ -1,11 +1,11 @@
 """From the gradients of micro-batches to that of the global batch.
 
-`FastReduction` adds up as it comes: micro-batches into the same gradient one after another, ranks in the order
-of the strategy's exchange. The sum is right to float tolerance, and its last bits depend on how the batch was
-divided. `TreeReduction` always adds the same numbers in the same order: a fixed micro-batch is a leaf of one
-binary tree, of which every rank computes a branch. Where ranks meet, each gathers its part of all their sums,
-adds these in the tree's order, and gives its part to all: 2 (R - 1) / R times the size of the gradient is sent
-by each of R ranks, as in a ring. A run then has the same weights to the last bit on 1, 2, 4, ... ranks.
+`FastReduction` adds up as it comes: micro-batches into the same gradient one after another, and ranks in the
+order of the strategy's exchange. The sum is right to float tolerance; its last bits depend on how the batch
+was divided. `TreeReduction` always adds the same numbers in the same order: a fixed micro-batch is a leaf of
+one binary tree, of which every rank computes a branch. Where ranks meet, each gathers its part of all their
+sums, adds these in the tree's order, and gives its part to all: each of R ranks sends 2 (R - 1) / R times the
+size of the gradient, as in a ring. A run then has the same weights to the last bit on 1, 2, 4, ... ranks.
 """
 
 from abc import ABC, abstractmethod
