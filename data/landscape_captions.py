@@ -8,8 +8,12 @@ Used through `data.landscapes.caption`.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from data.landscape_scenes import Light, Purpose, Scene, Sky, Terrain, Time
+
+T = TypeVar("T")
 
 # Fields: when "at dawn"; hour "dawn"; land "rolling hills"; view "desert landscape"; disc "the sun"; side
 # "on the left"; half "left"; sky "a clear sky"; look "clear".
@@ -144,3 +148,37 @@ def caption(scene: Scene) -> str:
         if draw.chance(0.6):
             text += "."
     return text
+
+
+def _unique(*tables: Mapping[T, Sequence[str]]) -> dict[T, re.Pattern[str]]:
+    """Class -> what finds its own phrases in a text: those of `tables` that no other class has."""
+    phrases: dict[T, set[str]] = {
+        each: {_LEADING.sub("", phrase) for table in tables for phrase in table[each]} for each in tables[0]
+    }
+    own = {
+        each: sorted(words - set().union(*(phrases[other] for other in phrases if other is not each)))
+        for each, words in phrases.items()
+    }
+    return {each: re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE) for each, words in own.items()}
+
+
+_LEADING = re.compile(r"^(?:an?|the) ")
+_SPOKEN: dict[str, Mapping[Any, re.Pattern[str]]] = {
+    "time": _unique(_WHEN, _HOUR, _DISC),
+    "terrain": _unique(_LAND, _VIEW),
+    "light": _unique(_SIDE, {light: (half,) for light, half in _HALF.items()}),
+    "sky": _unique(_SKY, _LOOK, {Sky.CLEAR: ("starry",), Sky.CLOUDY: ("clouds",)}),
+}
+
+
+def read_factors(text: str) -> dict[str, str]:
+    """The factors that `text` states, as `data.landscapes.factors` gives them: the inverse of `caption`.
+
+    All four for a caption; for a sentence in other words those that it names by a phrase of the captions.
+    A factor of which it names two classes is left out.
+    """
+    found = {
+        factor: [each.value for each, phrases in classes.items() if phrases.search(text)]
+        for factor, classes in _SPOKEN.items()
+    }
+    return {factor: named[0] for factor, named in found.items() if len(named) == 1}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.landscape_captions import PATTERNS, caption
+from data.landscape_captions import PATTERNS, caption, read_factors
 from data.landscape_painter import render
 from data.landscape_scenes import FACTORS, Light, Scene, Sky, Terrain, Time, draw_scene, factors
 from data.rendering import RenderPlan, write_rendered
@@ -37,6 +37,7 @@ __all__ = [
     "encode",
     "factors",
     "jpeg",
+    "read_factors",
     "render",
     "write_landscapes",
 ]

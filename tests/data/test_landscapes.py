@@ -27,6 +27,7 @@ from data.landscapes import (
     draw_scene,
     encode,
     factors,
+    read_factors,
     render,
     write_landscapes,
 )
@@ -58,6 +59,25 @@ def read_caption(text: str) -> dict[str, list[str]]:
         name: [value for value, words in classes.items() if re.search(rf"\b({words})\b", text.lower())]
         for name, classes in WORDS.items()
     }
+
+
+def test_captions_are_read_back() -> None:
+    scenes = [draw_scene(9, index) for index in range(10_000)]
+    assert [read_factors(caption(scene)) for scene in scenes] == [factors(scene) for scene in scenes]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("snowy mountains at SUNSET", {"time": "sunset", "terrain": "mountains"}),
+        ("the ocean, a pale sun on the left", {"terrain": "sea", "time": "dawn", "light": "left"}),
+        ("dawn or dusk over the hills", {"terrain": "hills"}),
+        ("the sun low over a leftover cat", {}),
+        ("", {}),
+    ],
+)
+def test_only_what_a_text_states_is_read(text: str, wanted: dict[str, str]) -> None:
+    assert read_factors(text) == wanted
 
 
 def test_scenes_are_pinned() -> None:
