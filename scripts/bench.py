@@ -1,4 +1,4 @@
-"""Measures how fast the project is next to what it could be: `python scripts/bench.py loader`, or `sampling`.
+"""Measures how fast the project is next to what it could be: `python scripts/bench.py loader`, for one.
 
 Each benchmark has arms that take turns, forwards and backwards, on one machine in one run; told are ratios
 with their intervals, and beside them the ratio of an arm to itself, which is what the method errs by. Figures
@@ -22,10 +22,15 @@ from models.checkpoint import CheckpointError
 from models.registry import ConfigError
 from scripts.benches.findings import Findings
 from scripts.benches.loader import loader
+from scripts.benches.overhead import overhead
 from scripts.benches.sampling import sampling
 
 #: A benchmark is a function here: its arguments, all with defaults, are its options, described under Args.
-BENCHMARKS: dict[str, Callable[..., Findings]] = {"loader": loader, "sampling": sampling}
+BENCHMARKS: dict[str, Callable[..., Findings]] = {
+    "loader": loader,
+    "overhead": overhead,
+    "sampling": sampling,
+}
 USAGE, DATA, CHECKPOINT, INTERRUPTED = 2, 3, 4, 130
 
 
