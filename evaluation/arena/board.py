@@ -178,9 +178,14 @@ def leaderboard(
     Votes of one voter are correlated, so by default voters are the independent units of both intervals, once
     there are `FEWEST_VOTERS`; `by_voter=False` takes votes as independent, as the public arenas do. `floor`:
     see `ratings.pair_weights`. `seed` draws the bootstrap's tables and the cycles of chance.
+
+    Raises:
+        ValueError: no entrant at all.
     """
     votes = list(votes)
     table = VoteTable.of(votes, entrants)
+    if not table.entrants:
+        raise ValueError("no entrants and no votes; a board needs at least one entrant")
     rng = np.random.default_rng(seed)
     fit = rate(table.counts(), floor)
     without = without_each_voter(fit, table)

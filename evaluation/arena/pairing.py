@@ -3,7 +3,9 @@
 A vote between a and b adds information w = p (1-p) along x = e_a - e_b, and lowers the variance of every
 difference z of strengths by w (z' C x)^2 / (1 + w x' C x), C the covariance of the strengths (Sherman &
 Morrison 1950). Those reductions are summed over all differences, each weighted by how much its variance
-matters: a pair whose order is settled matters little, one that could be either way much.
+matters: a pair whose order is settled matters little, one that could be either way much. Pairs are drawn in
+proportion to a power of the sum. Which power: to separate 6 to 20 simulated entrants took 0.44 to 0.63 of the
+votes that even pairing takes with the first, 0.27 to 0.51 with the fourth.
 Use: `choice = choose(VoteTable.of(votes, entrants), rng)`.
 """
 
@@ -19,6 +21,7 @@ from evaluation.arena.votes import VoteTable
 
 #: The share of showings that are spread evenly over all pairs: each keeps a chance, whatever the votes say.
 EXPLORATION = 0.2
+SHARPNESS = 4
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ def pair_probabilities(
     shown = allowed[one] & allowed[other]
     one, other = one[shown], other[shown]
     gains = _gains(counts, one, other)
-    total = gains.sum(-1, keepdims=True)
-    share = np.divide(gains, total, out=np.full_like(gains, 1.0 / len(one)), where=total > 0)
+    sharp = (gains / np.maximum(gains.max(-1, keepdims=True), 1e-300)) ** SHARPNESS
+    total = sharp.sum(-1, keepdims=True)
+    share = np.divide(sharp, total, out=np.full_like(sharp, 1.0 / len(one)), where=total > 0)
     probabilities = np.zeros(counts.shape[:-1])
     probabilities[..., one, other] = (1.0 - exploration) * share + exploration / len(one)
     return probabilities
