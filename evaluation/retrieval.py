@@ -1,0 +1,130 @@
+"""Do pictures and texts find each other? Retrieval and CLIP score, by any network that embeds both.
+
+Works for any data with captions. Towers are read from a local file (`evaluation.clip`) or trained by
+ourselves on training pictures (`evaluation.tower`). Embeddings are unit vectors, so a product is a cosine.
+
+    found = retrieve(tower.embed_pictures(pictures), tower.embed_texts(captions), captions)
+    TowerScorer(tower).score(pictures, prompts)["clip_score"]
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.features import check_pictures
+from evaluation.prompts import Prompt
+from evaluation.scorers import Scorer
+from models.portions import one_thread
+
+
+class TextImageTower(ABC):
+    """Embeds pictures and texts in one space, on the CPU.
+
+    Args:
+        name: of the network.
+        sha256: of its weights, in hexadecimal.
+    """
+
+    def __init__(self, name: str, sha256: str) -> None:
+        self.name = name
+        self.sha256 = sha256
+
+    @abstractmethod
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        """Unit vectors float32 `[N D]` of `pictures` uint8 `[N 3 H W]`; a row is its picture's alone."""
+
+    @abstractmethod
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors float32 `[N D]` of `texts`; a row is its text's alone."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well one side finds the other: shares in [0, 1] found first and among five, and the median rank."""
+
+    recall_1: float
+    recall_5: float
+    median_rank: float
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Retrieval both ways among so many pictures with so many different texts; compare equal numbers only."""
+
+    pictures: int
+    texts: int
+    text_to_image: Found
+    image_to_text: Found
+
+
+def retrieve(picture_vectors: Tensor, text_vectors: Tensor, texts: Sequence[str]) -> Retrieval:
+    """Retrieval of pictures by their texts, and of texts by their pictures.
+
+    Vectors are `[N D]`, row by row of one pair. Equal texts are one text, which every picture of it answers.
+    Ranks begin at 1, and a tie counts against: pictures that are all alike find nothing.
+
+    Raises:
+        ValueError: no pairs, or other numbers of pictures, vectors and texts.
+    """
+    if not len(picture_vectors) == len(text_vectors) == len(texts) or not texts:
+        raise ValueError(
+            f"retrieve: {len(picture_vectors)} pictures, {len(text_vectors)} vectors of {len(texts)} texts; "
+            "give one of each for each pair"
+        )
+    numbers = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    of_picture = torch.tensor([numbers[text] for text in texts])
+    first = torch.tensor([texts.index(text) for text in numbers])
+    with one_thread():
+        cosines = picture_vectors.double() @ text_vectors.double()[first].T
+    own = of_picture[:, None] == torch.arange(len(numbers))
+    return Retrieval(len(texts), len(numbers), _found(_ranks(cosines.T, own.T)), _found(_ranks(cosines, own)))
+
+
+def clip_score(tower: TextImageTower, pictures: Tensor, texts: Sequence[str]) -> np.ndarray:
+    """The CLIP score in [0, 100], float64 `[N]`, of `pictures` uint8 `[N 3 H W]` with their `texts`.
+
+    `100 max(cos, 0)` (Hessel et al. 2021, arXiv 2104.08718, whose factor is 2.5). Compare figures of one
+    tower only.
+    """
+    return _scores(tower.embed_pictures(pictures), tower.embed_texts(texts))
+
+
+class TowerScorer(Scorer):
+    """The CLIP score of each picture, and whether its own prompt is the nearest of all the different ones.
+
+    `clip_score` in [0, 100]; `retrieved` 1 or 0, which depends on the other prompts.
+    """
+
+    def __init__(self, tower: TextImageTower) -> None:
+        self.tower = tower
+
+    def score(self, pictures: Tensor, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        check_pictures(pictures)
+        texts = [prompt.text for prompt in prompts]
+        if len(pictures) != len(texts) or not texts:
+            raise ValueError(f"score: {len(pictures)} pictures for {len(texts)} prompts; give one for each")
+        one, two = self.tower.embed_pictures(pictures), self.tower.embed_texts(texts)
+        different = list(dict.fromkeys(texts))
+        own = torch.tensor([[text == other for other in different] for text in texts])
+        with one_thread():
+            ranks = _ranks(one.double() @ two[[texts.index(text) for text in different]].double().T, own)
+        return {"clip_score": _scores(one, two), "retrieved": (ranks == 1).double().numpy()}
+
+
+def _scores(pictures: Tensor, texts: Tensor) -> np.ndarray:
+    return 100 * (pictures.double() * texts.double()).sum(1).clamp(min=0).numpy()
+
+
+def _ranks(cosines: Tensor, own: Tensor) -> Tensor:
+    """The rank `[N]` of the best of its own in each row of `cosines` `[N M]`, among the others and it."""
+    best = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    return 1 + ((cosines >= best) & ~own).sum(1)
+
+
+def _found(ranks: Tensor) -> Found:
+    middle = float(np.median(ranks.numpy()))
+    return Found(float((ranks == 1).double().mean()), float((ranks <= 5).double().mean()), middle)
