@@ -40,9 +40,11 @@ from models.loading import MODEL_KEYS, build_networks, load_pipeline, read_sampl
 from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
 from models.sampling import Job
+from models.stages.agreement import require_same_config
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.compute import Compute, Precision, TrainerOptions, allow_shapes, set_threads
 from models.stages.depends import differences
+from models.stages.division import divide
 from models.stages.dropout import check_dropout
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_estimate
@@ -65,18 +67,22 @@ def train(config: DictConfig) -> None:
     if values["estimate"]:
         estimate(values, options)
         return
+    check_division(values, options)
     if options.devices > 1 and "RANK" not in os.environ:
         sys.exit(launch(options.devices))
     stay_with_parent()
     with ExitStack() as stack:
-        ranks = stack.enter_context(Ranks.join(options.timeout))
+        ranks = stack.enter_context(Ranks.join(options.timeout, options.connect_timeout))
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)
+        same = require_same_config(values, ranks)
         run = Run(values, ranks)
         pids = [int(pid) for (pid,) in ranks.gather([os.getpid()])]
         if ranks.first:
             stack.enter_context(run_lock(run.folder, pids))
         run.say(f"Firstlight: run {run.folder.name} into {run.folder}")
+        if ranks.size > 1:
+            run.say(f"{ranks.size} ranks with one configuration, SHA-256 {same[:16]}")
         run.open_data()
         stages = run.prepare()
         for stage in stages:
@@ -84,6 +90,20 @@ def train(config: DictConfig) -> None:
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()
+
+
+def check_division(values: dict[str, Any], options: TrainerOptions) -> None:
+    """Refuses a batch that its ranks and micro-batches do not divide, before a process is started for it.
+
+    Raises:
+        ConfigError: naming the numbers and the nearest that work.
+        RankError: the environment is not a launcher's.
+    """
+    launched = Ranks.placed()
+    size = launched.size if launched.size > 1 else options.devices
+    for name in values["stages"]:
+        plan = make(f"plan/{name}", values["plan"][name])
+        divide(f"plan.{name}", plan.batch_size, size, options)
 
 
 def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
@@ -94,7 +114,7 @@ def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
     """
     plan = make("plan/diffusion", values["plan"]["diffusion"])
     anatomy = dissect(values, options.precision is not Precision.fp32)
-    show_estimate(anatomy, layouts(options.devices, 0), plan.batch_size, 1, plan.images)
+    show_estimate(anatomy, layouts(options.devices, 0), plan.batch_size, options.accumulate, plan.images)
 
 
 class Run:
@@ -140,12 +160,6 @@ class Run:
             )
         if values["base"] is not None and StageName.diffusion not in self.names:
             raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
-        for name in self.names:
-            if self.plans[name].batch_size % ranks.size:
-                raise ConfigError(
-                    f"plan.{name.name}.batch_size is {self.plans[name].batch_size}, the batch of all ranks, "
-                    f"but does not divide by {ranks.size} ranks"
-                )
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = read_sampling(values)
@@ -198,6 +212,11 @@ class Run:
             )
         except ValueError as error:
             raise ConfigError(f"data: {error}") from None
+        if len(self.train_set) < self.ranks.size:
+            raise ConfigError(
+                f"{options.shards or 'data.sources'}: {len(self.train_set)} training samples are fewer than "
+                f"the {self.ranks.size} ranks; train on fewer ranks, or add samples"
+            )
         if not len(self.val_set):
             raise DataError(
                 f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
@@ -331,7 +350,8 @@ class Run:
         kind, *rest = self.ranks.share(None)
         compute = Compute(torch.device(kind), *rest)
         stage.use(compute)
-        return Cost(stage.name, 0, 0.0, stage.plan.batch_size, 0, 0, 0.0, 0.0, 0.0, compute)
+        division = divide(f"plan.{stage.name}", stage.plan.batch_size, self.ranks.size, self.trainer)
+        return Cost(stage.name, 0, 0.0, division, 0, 0, 0.0, 0.0, 0.0, compute)
 
     def check_same(self, name: StageName, checkpoint: Checkpoint) -> None:
         """Refuses to go on from a checkpoint that was made with other settings or other data.

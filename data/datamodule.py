@@ -368,15 +368,15 @@ class DataModule:
             return self._loader(self.train, sampler)
         return self._loader(self.train, _Prefetching(sampler, self.train))
 
-    def val_loader(self, images: int, rank: int = 0, world_size: int = 1) -> Loader:
+    def val_loader(self, images: int, rank: int = 0, world_size: int = 1, parts: int = 1) -> Loader:
         """Returns this rank's share of the first `images` held-out samples, in an order no seed changes.
 
-        Central crops, no flips; fewer where fewer are held out, maybe none. Keep the loader: its workers
-        persist.
+        Central crops, no flips; fewer where fewer are held out, maybe none. A batch is a rank's share of a
+        global one, or where it is computed in `parts`, one of these. Keep the loader: its workers persist.
         """
         images = min(images, len(self.val))
         first, last = (images * r // world_size for r in (rank, rank + 1))
-        return self._loader(self.val, _Batches(first, last, max(1, self.batch_size // world_size)))
+        return self._loader(self.val, _Batches(first, last, max(1, self.batch_size // (world_size * parts))))
 
     def _loader(self, dataset: ShardDataset | MomentsDataset, sampler: Iterable[list[int]]) -> Loader:
         return Loader(dataset, sampler, self.collate, self.workers, self.worker_timeout)

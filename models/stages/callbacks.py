@@ -1,8 +1,9 @@
 """What happens around the training steps of every stage, each in a callback of its own.
 
-`Clock` counts images and moves the learning rate and the average; `Metrics`, `Validation` and `Checkpointing`
-act at intervals that are counted in images; `Trace` writes down what each step saw; `Stopping` ends the run
-where all ranks agreed to. The step itself is the guard's (guard.py). Of several ranks the first one writes.
+`Clock` counts images and moves the learning rate and the average; `CheckRanks`, `Metrics`, `Validation` and
+`Checkpointing` act at intervals that are counted in images; `Trace` writes down what each step saw;
+`Stopping` ends the run where all ranks agreed to. The step itself, in however many micro-batches, is the
+guard's (guard.py). Of several ranks the first one writes.
 """
 
 import json
@@ -22,7 +23,8 @@ from data.loader import Loader
 from data.progress import Progress
 from data.shard_index import write_atomic
 from models.stages.optim import learning_rate_factor
-from models.stages.ranks import Ranks
+from models.stages.ranks import Ranks, listed
+from models.stages.replicas import RanksDiffer, differing
 from models.stages.saving import Saver
 from models.stages.signals import SAVE, Signals
 from models.stages.stage import Stage
@@ -55,6 +57,52 @@ class Clock(Callback):
         self.stage.images_seen += self.stage.plan.batch_size
         if self.stage.guard.applied:
             self.stage.ema.update(self.stage.networks, self.stage.images_seen, self.stage.plan.batch_size)
+
+
+class CheckRanks(Callback):
+    """Compares the weights of all ranks at every interval, before a checkpoint is made of the first rank's.
+
+    Args:
+        stage: what is trained.
+        every_images: the interval.
+        ranks: that train together.
+    """
+
+    def __init__(self, stage: Stage, every_images: int, ranks: Ranks) -> None:
+        self.stage = stage
+        self.every_images = every_images
+        self.ranks = ranks
+        self._agreed = stage.images_seen
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.ranks.size > 1 and self.every_images:
+            self.check()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
+    ) -> None:
+        if self.ranks.size > 1 and self.every_images and crossed(self.stage, self.every_images):
+            self.check()
+
+    def check(self) -> None:
+        """Compares now.
+
+        Raises:
+            RanksDiffer: naming ranks and tensors.
+            RankError: a rank is gone or does not answer.
+        """
+        tensors = self.stage.networks.state_dict()
+        found = differing(tensors, self.ranks)
+        if found:
+            named = [f"{name} of {listed(odd)}" for name, odd in found.items()]
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            raise RanksDiffer(
+                f"stage {self.stage.name} at {self.stage.images_seen} images: the ranks no longer have the "
+                f"same weights: {', '.join(named[:3])}{more}; all agreed at {self._agreed} images; a device "
+                "or its memory erred: test it, remove the checkpoints since then if rank 0 is named, "
+                "and continue with resume=true"
+            )
+        self._agreed = self.stage.images_seen
 
 
 class Trace(Callback):

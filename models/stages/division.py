@@ -68,25 +68,31 @@ def divide(label: str, batch_size: int, ranks: int, options: TrainerOptions) -> 
         )
     most = share // accumulate
     if leaf > most:
+        fits = max(size for size in _leaves(batch_size) if size <= most)
         raise ConfigError(
             f"trainer.accumulate is {accumulate}, so that at most {most} of {label}.batch_size={batch_size} "
             f"images are computed at once, but trainer.reduce=tree computes micro-batches of {leaf}; set "
-            f"trainer.micro_batch={most}, or leave out trainer.accumulate"
+            f"trainer.micro_batch={fits}, or leave out trainer.accumulate"
         )
     return Division(batch_size, ranks, leaves // ranks)
 
 
 def _leaf(label: str, batch_size: int, options: TrainerOptions) -> int:
     """Images of a micro-batch under `Reduce.tree`, of which a power of two make the global batch."""
-    possible = [batch_size // 2**k for k in range(batch_size.bit_length()) if batch_size % 2**k == 0]
+    possible = _leaves(batch_size)
     if options.micro_batch == 0:
-        return next(leaf for leaf in reversed(possible) if batch_size // leaf <= _LEAVES)
+        return min(leaf for leaf in possible if batch_size // leaf <= _LEAVES)
     if options.micro_batch not in possible:
         raise ConfigError(
             f"trainer.micro_batch is {options.micro_batch}, but for trainer.reduce=tree 1, 2, 4, ... of them "
             f"must make {label}.batch_size={batch_size}; give {_nearest(possible, options.micro_batch)}"
         )
     return options.micro_batch
+
+
+def _leaves(batch_size: int) -> list[int]:
+    """The sizes of which a power of two make the global batch."""
+    return [batch_size // 2**k for k in range(batch_size.bit_length()) if batch_size % 2**k == 0]
 
 
 def _multiples(of: int, near: int) -> str:

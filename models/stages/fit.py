@@ -12,8 +12,16 @@ from lightning import Callback, LightningModule, Trainer
 from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
-from models.stages.callbacks import Checkpointing, Clock, Metrics, Stopping, Trace, Validation
-from models.stages.division import divide
+from models.stages.callbacks import (
+    Checkpointing,
+    CheckRanks,
+    Clock,
+    Metrics,
+    Stopping,
+    Trace,
+    Validation,
+)
+from models.stages.division import Division, divide
 from models.stages.guard import Guard, Rewind
 from models.stages.memory import out_of_memory
 from models.stages.reduce import make_reduction
@@ -64,7 +72,9 @@ def fit(work: Work, session: Session) -> None:
     with Progress(stage.name, stage.plan.images, stage.images_seen, shown=ranks.first) as progress:
         saver = Saver(stage, here / "checkpoints", session, work.fingerprints)
         metrics = Metrics(stage, here / "metrics.jsonl", progress, ranks)
-        loader = work.data.val_loader(stage.plan.validation_images, ranks.rank, ranks.size)
+        loader = work.data.val_loader(
+            stage.plan.validation_images, ranks.rank, ranks.size, _division(stage, session).parts
+        )
         validation = Validation(stage, loader, metrics, work.show, ranks)
         checkpointing = Checkpointing(stage, saver, validation, session.signals)
         with session.signals.flagged(), saver, out_of_memory(stage.name, stage.compute.device):
@@ -85,7 +95,7 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
     stage, checkpoint = work.stage, work.checkpoint
     assert isinstance(stage, LightningModule)
     here, options, ranks = session.folder / stage.name, session.options, session.ranks
-    division = divide(f"plan.{stage.name}", stage.plan.batch_size, ranks.size, options)
+    division = _division(stage, session)
     reason = ""
     for attempt in range(MAX_REWINDS + 1):
         guard = Guard(
@@ -96,7 +106,8 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         trace = [Trace(stage, here, ranks)] if options.trace else []
         logger = session.logger.build(session.folder, stage.name) if ranks.first else False
         trainer = make_trainer(ranks, stage.compute.device, options.reduce, logger, [
-            _RestoreOptimizer(stage, checkpoint), Clock(stage, ranks), *trace, *callbacks, Stopping(stage),
+            _RestoreOptimizer(stage, checkpoint), Clock(stage, ranks),
+            CheckRanks(stage, options.check_ranks_every_images, ranks), *trace, *callbacks, Stopping(stage),
         ])  # fmt: skip
         if attempt == 0:
             for each in trainer.loggers:
@@ -124,6 +135,10 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         f"{reason}; lower optimizer.{stage.name}.lr, look at the keys in {guard.path}, then continue with "
         "resume=true"
     )
+
+
+def _division(stage: Stage, session: Session) -> Division:
+    return divide(f"plan.{stage.name}", stage.plan.batch_size, session.ranks.size, session.options)
 
 
 class _RestoreOptimizer(Callback):

@@ -94,6 +94,13 @@ def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
         time.sleep(0.02)
+    waiting = [rank for rank, process in enumerate(ranks) if process.poll() is None]
+    if waiting and (code := ranks[failed[0]].returncode) > 0:
+        print(
+            f"train.py: rank {failed[0]} (process {ranks[failed[0]].pid}) ended with code {code} while "
+            f"{len(waiting)} others waited for it, and they end too; what it said is above",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     ended_by = [process.poll() or 0 for process in ranks]
     codes = [_STOPPED.get(-code, _LOST) if code < 0 else code for code in ended_by]
     asked = [code for code in codes if code in _STOPPED.values()]

@@ -42,8 +42,9 @@ def _explain(stage: str, device: torch.device) -> str:
     )
     return (
         f"stage {stage}: out of memory on {device.type}{peak}; the largest tensors: {tensors}; in order: "
-        f"lower plan.{stage}.batch_size, use trainer.precision=bf16, {extra}lower data.resolution, "
-        "or choose a smaller backbone; the step was not applied: continue with resume=true"
+        f"raise trainer.accumulate, lower plan.{stage}.batch_size, use trainer.precision=bf16, {extra}"
+        "lower data.resolution, or choose a smaller backbone; "
+        "the step was not applied: continue with resume=true"
     )
 
 

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.progress import duration
-from models.stages.compute import Compute, decide, seconds_a_call
+from models.stages.compute import Compute, Reduce, decide, seconds_a_call
+from models.stages.division import Division, divide
 from models.stages.session import Session
 from models.stages.stage import Stage
 
@@ -31,7 +32,7 @@ class Cost:
     stage: str
     parameters: int
     flops_an_image: float
-    batch_size: int
+    division: Division
     images_to_go: int
     steps_to_go: int
     seconds: float
@@ -56,27 +57,31 @@ def preflight(
     """
     images = max(stage.plan.images - stage.images_seen, 0)
     steps = -(-images // stage.plan.batch_size)
-    share = stage.plan.batch_size // session.ranks.size
+    options = session.options
+    division = divide(f"plan.{stage.name}", stage.plan.batch_size, session.ranks.size, options)
 
     def step_seconds(way: Compute) -> float:
         stage.use(way)
-        whole = batch(share).to(way.device)
-        return seconds_a_call(lambda: _step(stage, whole), way.device)
+        part = batch(division.micro_batch).to(way.device)
+        return division.parts * seconds_a_call(lambda: _step(stage, part), way.device)
 
-    compute, seconds_a_step = decide(session.options, step_seconds, steps, before)
+    compute, seconds_a_step = decide(options, step_seconds, steps, before)
     flops, activations = _count(stage, compute, batch)
     stage.use(compute)
     parameters = sum(p.numel() for p in stage.networks.parameters())
     weights = parameters * _FLOAT_BYTES
+    # Sums of gradients that wait for the other branch of the tree, one of each size.
+    branches = division.parts.bit_length() - 1 if options.reduce is Reduce.tree else 0
     return Cost(
         stage=stage.name,
         parameters=parameters,
         flops_an_image=flops,
-        batch_size=stage.plan.batch_size,
+        division=division,
         images_to_go=images,
         steps_to_go=steps,
         seconds=seconds_a_step * steps,
-        memory=(_COPIES_IN_MEMORY + _COPIES_ON_DISK) * weights + activations * share,
+        memory=(_COPIES_IN_MEMORY + _COPIES_ON_DISK + branches) * weights
+        + activations * division.micro_batch,
         disk=_COPIES_ON_DISK * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
     )
@@ -108,7 +113,7 @@ def show(costs: list[Cost], free_disk: float) -> None:
     rows: list[tuple[str, Callable[[Cost], str]]] = [
         ("parameters", lambda c: f"{c.parameters / 1e6:,.2f} M"),
         ("FLOPs per image", lambda c: f"{c.flops_an_image / 1e9:,.2f} G (forward and backward)"),
-        ("global batch", lambda c: f"{c.batch_size} images"),
+        ("global batch", lambda c: str(c.division)),
         ("to go", lambda c: f"{c.images_to_go:,} images, {c.steps_to_go:,} steps"),
         ("time", lambda c: f"about {duration(c.seconds)} ({_rate(c)} images/s in a probe)"),
         ("computes", lambda c: str(c.compute)),

@@ -4,7 +4,7 @@ A rank is a process with its share of every global batch. Everything that must b
 to compute, which checkpoint to take up, whether a step is applied, when to stop) is agreed here, at moments
 where every rank asks. One process alone is `Ranks.alone()`, whose answers are immediate.
 
-Use: `with Ranks.join(timeout=1800) as ranks: losses = ranks.gather([loss])`.
+Use: `with Ranks.join(timeout=1800, connect_timeout=300) as ranks: losses = ranks.gather([loss])`.
 """
 
 import faulthandler
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 #: What a launcher tells each process; torchrun sets the same.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -43,31 +44,92 @@ class Ranks:
 
     @staticmethod
     @contextmanager
-    def join(timeout: float) -> "Iterator[Ranks]":
+    def join(timeout: float, connect_timeout: float) -> "Iterator[Ranks]":
         """This process's place among those its launcher started; alone where there was none.
 
         Args:
             timeout: seconds after which a rank that does not answer ends the run.
+            connect_timeout: seconds in which all ranks have to meet.
 
         Raises:
-            RankError: the others could not be reached.
+            RankError: the others could not be reached, or the launcher did not say where they are.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            yield Ranks.alone()
+        ranks = Ranks.placed()
+        if ranks.size == 1:
+            yield ranks
             return
-        rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-        ranks = Ranks(rank, size, local_rank, local_size)
+            torch.cuda.set_device(ranks.local_rank)
+        store = ranks._meet(connect_timeout)
         with ranks._named_errors():
-            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            distributed.init_process_group(
+                backend, store=store, rank=ranks.rank, world_size=ranks.size,
+                timeout=timedelta(seconds=timeout),
+            )  # fmt: skip
         try:
             yield ranks
         finally:
             distributed.destroy_process_group()
+
+    @staticmethod
+    def placed() -> "Ranks":
+        """This process's place by its environment, before it has met anyone.
+
+        Raises:
+            RankError: the environment names a size and not all of the rest, or no numbers.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return Ranks.alone()
+        missing = [name for name in VARIABLES if not os.environ.get(name)]
+        if missing:
+            raise RankError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not set; start all ranks with torchrun, or one "
+                "process with trainer.devices=N, which starts the others"
+            )
+        numbers = {name: os.environ.get(name, "") for name in VARIABLES if name != "MASTER_ADDR"}
+        numbers["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"])
+        for name, value in numbers.items():
+            if not value.isdecimal():
+                raise RankError(f"the environment's {name} is {value!r}, but must be a number")
+        rank, size, local_rank, local_size = (
+            int(numbers[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+        if rank >= size:
+            raise RankError(f"the environment's RANK is {rank}, but ranks of WORLD_SIZE={size} are below it")
+        return Ranks(rank, size, local_rank, local_size)
+
+    def _meet(self, seconds: float) -> distributed.Store:
+        """What all ranks have come to, which keeps news for all.
+
+        torch by itself waits as long for ranks that never came as for one that is slow, and names none.
+        """
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        except (RuntimeError, ValueError) as error:
+            raise RankError(_unreachable(self, address, seconds, error)) from error
+        keys = [f"firstlight/here/{rank}" for rank in range(self.size)]
+        try:
+            store.set(keys[self.rank], "")
+            store.wait(keys, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise RankError(self._absent(store, keys, seconds)) from error
+        return distributed.PrefixStore("firstlight", store)
+
+    def _absent(self, store: distributed.Store, keys: list[str], seconds: float) -> str:
+        """Who did not come."""
+        try:
+            absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
+            return f"rank {self.rank} of {self.size} met rank 0, which has ended since; it says why"
+        has = "has" if len(absent) == 1 else "have"
+        return (
+            f"rank {self.rank} of {self.size} waited {seconds:.0f} s at the start, but {listed(absent)} "
+            f"{has} not come; see whether they were started and what they say, or raise "
+            "trainer.connect_timeout"
+        )
 
     @property
     def first(self) -> bool:
@@ -117,6 +179,14 @@ class Ranks:
         with self._named_errors():
             distributed.all_gather_into_tensor(every, part)
         return every
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's `text`, in the order of the ranks; RankError as `gather`."""
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = [int(length) for (length,) in self.gather([len(data)])]
+        padded = torch.nn.functional.pad(data, (0, max(lengths) - len(data)))
+        rows = self.collect(padded).view(self.size, -1)
+        return [bytes(row[:length].numpy()).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def share(self, value: Any) -> Any:
         """The first rank's `value`, made of JSON values; the others' own is not looked at.
@@ -178,6 +248,25 @@ class Ranks:
         last = min(steps.values())
         late = ", ".join(f"rank {rank}" for rank, step in steps.items() if step == last)
         return f"{late} was last heard of at step {last}"
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """`rank 1`, or `ranks 1, 2`."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _unreachable(ranks: Ranks, address: str, seconds: float, error: Exception) -> str:
+    """Why the meeting place could not be reached, or opened by the first rank."""
+    text = str(error)
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        return (
+            f"rank {ranks.rank} of {ranks.size} cannot listen at {address}: another process does; choose "
+            "another MASTER_PORT"
+        )
+    return (
+        f"rank {ranks.rank} of {ranks.size} could not reach rank 0 at {address} within {seconds:.0f} s; see "
+        "whether MASTER_ADDR and MASTER_PORT are its own, whether it runs, and whether a firewall is between"
+    )
 
 
 def _store() -> distributed.Store:

@@ -44,7 +44,7 @@ class Loaders:
         batches: Any = [self.make_batch(4, first) for first in range(start, stop, 4)]
         return DataLoader(batches, batch_size=None)
 
-    def val_loader(self, images: int, rank: int, size: int) -> list[Batch]:
+    def val_loader(self, images: int, rank: int, size: int, parts: int) -> list[Batch]:
         return [self.make_batch(4, 100)]
 
 

@@ -59,7 +59,12 @@ def test_flops_of_one_convolution(make_batch: MakeBatch, make_stage: Callable[..
 
 def test_the_counts(cost: Cost, make_stage: Callable[..., Any]) -> None:
     parameters = sum(p.numel() for p in make_stage("autoencoder").networks.parameters())
-    assert (cost.parameters, cost.batch_size, cost.images_to_go, cost.steps_to_go) == (parameters, 4, 16, 4)
+    assert (cost.parameters, cost.division.batch_size, cost.images_to_go, cost.steps_to_go) == (
+        parameters,
+        4,
+        16,
+        4,
+    )
     assert cost.disk == 4 * (2 + 1 + 1) * 4 * parameters  # two kept, the best, one being written
     assert cost.memory > 20 * parameters
     assert cost.seconds == 4 * 0.5

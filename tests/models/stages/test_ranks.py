@@ -24,7 +24,7 @@ stay_with_parent()
 import torch
 from models.stages.ranks import Ranks, RankError
 try:
-    with Ranks.join(timeout={timeout}) as ranks:
+    with Ranks.join(timeout={timeout}, connect_timeout=90) as ranks:
         {body}
 except RankError as error:
     print(f"rank {{os.environ['RANK']}}: {{error}}", flush=True)
@@ -120,7 +120,7 @@ def test_a_signal_to_the_parent_reaches_every_rank(tmp_path: Path) -> None:
 seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
 ranks.wait()
-print("ready", flush=True)
+os.write(1, b"ready\n")
 while not seen:
     time.sleep(0.02)
 ranks.wait()
