@@ -1,6 +1,5 @@
 """`sample.py` end to end: the same bytes however the work is cut up, gone on with, verified; odd prompts."""
 
-import importlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from data.pictures import read_record
+from evaluation.request import VERSION
 from models.pipeline import Pipeline
 from models.sampling import Job, Sampling
 
@@ -144,7 +144,7 @@ def test_one_of_a_runs_checkpoints(
 
 def test_the_version_is_the_projects() -> None:
     wanted = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
-    assert wanted == importlib.import_module("sample").VERSION
+    assert wanted == VERSION
 
 
 def test_each_request_has_a_folder_of_its_own(command: Command, tmp_path: Path) -> None:
