@@ -20,7 +20,8 @@ import numpy as np
 from safetensors.numpy import save
 
 MAX_HEADER = 1 << 20
-DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
+DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8"}
+DTYPES |= {"F32": "<f4", "F64": "<f8"}
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
 #: Arrays by name.

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -112,7 +112,7 @@ class PictureReader:
         moved = options.variants > 1
         self.crop = ResizeCrop(options.resolution, options.random_crop and moved, options.flip and moved)
 
-    def __call__(self, index: ShardIndex, rows: range) -> list[Picture | LeftOut]:
+    def __call__(self, index: ShardIndex, rows: Sequence[int]) -> list[Picture | LeftOut]:
         """Returns what is at `rows` of a shard; raises DataError where it cannot be read."""
         found: list[Picture | LeftOut] = []
         header, path = index.header, Path(index.shard)
