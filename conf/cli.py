@@ -34,7 +34,7 @@ _TEXTS = ("prompt", "negative_prompt", "other_prompt", "watermark", "data.where"
 #: Short words of a command for its keys: `plan` is a group, so that it cannot be a switch as well.
 _SHORT = {"train": {"plan": "estimate", "devices": "trainer.devices"}}
 #: What goes on after an interruption.
-_AGAIN = {"train": "resume=true", "sample": "the same command"}
+_AGAIN = {"train": "resume=true", "sample": "the same command", "evaluate": "the same command"}
 
 EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (ConfigError, 2),

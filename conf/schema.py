@@ -129,11 +129,53 @@ class SampleConfig:
     debug: bool = False
 
 
+@dataclasses.dataclass
+class VarietyConfig:
+    """Which pictures tell how varied those of one prompt are."""
+
+    prompts: int = 16  # 0: variety is not measured
+    seeds: int = 16  # pictures of each
+    class_field: str | None = None  # of the samples' JSON: real pictures of a class are what a prompt's face
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    """What `scripts/evaluate.py` is told; None is as the checkpoint was trained to be sampled, or a default
+    that the help names.
+    """
+
+    checkpoint: str | None = None
+    out: str | None = None  # None: evaluation/<images>-<request> beside the run
+    prompts: str | None = (
+        None  # a file of a prompt suite; None: captions of held-out samples of the run's data
+    )
+    pictures: int = 512  # one for each prompt, fewer where there are fewer prompts
+    variety: VarietyConfig = dataclasses.field(default_factory=VarietyConfig)
+    shards: str | None = None  # where the run's data lie now; None: where its configuration says
+    features: str = "judge"
+    features_file: str | None = None  # weights of a network that is not our own
+    judge: str | None = None  # folder of the landscapes judge; None: beside the run, trained where missing
+    seed: int = 0
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    size: int | None = None  # pixels a side
+    sampler: Any = None
+    grid: Any = None
+    guidance: Any = None
+    batch_size: int = 32
+    device: str = "auto"
+    devices: int = 1  # processes that share the sampling
+    nice: int = 0  # how far behind other work on the machine, 0 to 19
+    overwrite: bool = False  # replaces another evaluation in the folder
+    debug: bool = False
+
+
 def register() -> None:
     """Puts every part into Hydra's config store, under its group and name."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
     for group, parts in {**REGISTRY, **TRAINING}.items():
         for name, part in parts.items():
             store.store(group=group, name=name, node=_schema(name, part))

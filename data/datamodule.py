@@ -131,12 +131,13 @@ class ShardData:
         return {self.shards: 1.0}
 
     def open(
-        self, seed: int, bad_samples: Path | None = None, divisor: int = 1
+        self, seed: int, bad_samples: Path | None = None, divisor: int = 1, records: bool = False
     ) -> tuple[ShardDataset, ShardDataset]:
         """Returns (train, val); val may be empty. Raises DataError for shards, ValueError for options.
 
         Sides of pictures are multiples of `divisor`: what the networks halve them by. Samples that fit no
-        shape are written to `left_out.jsonl` beside `bad_samples`.
+        shape are written to `left_out.jsonl` beside `bad_samples`. Held-out samples come with their JSON,
+        those of train only with `records`.
         """
         places = {where: weight for where, weight in self.weights().items() if weight}
         cache = self._shard_cache()
@@ -161,7 +162,7 @@ class ShardData:
             ResizeCrop(self.resolution, self.random_crop, self.flip),
             seed,
             *common,
-            records=False,
+            records=records,
             before=self.before,
         )
         counts = [count for view in val_views for count in view.counts]

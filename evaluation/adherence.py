@@ -16,9 +16,10 @@ own errors (see the held-out accuracies in its card) bound what a score can reac
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,11 +133,14 @@ def score(judge: AdherenceJudge, images: Tensor, captions_factors: list[dict[str
         raise ValueError(
             f"score: {len(images)} images for {len(captions_factors)} captions; give one for each"
         )
-    return _shares(judge, images, _targets(captions_factors).to(images.device))
+    return _shares(judge, images, class_ids(captions_factors).to(images.device))
 
 
-def _targets(captions_factors: list[dict[str, str]]) -> Tensor:
-    """Class ids int64 [B 4]."""
+def class_ids(captions_factors: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The ids int64 [B 4] of what the records say, numbered in the order of each factor's enum.
+
+    Raises ValueError where a factor is missing or unknown.
+    """
     rows = []
     for number, values in enumerate(captions_factors):
         for name, names in _NAMES.items():
@@ -172,7 +176,7 @@ def _rendered(seed: int, count: int, told: _Told) -> tuple[Tensor, Tensor]:
         pixels[index] = render(scene, RESOLUTION)
         wanted.append(factors(scene))
         told.add(1)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), _targets(wanted)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), class_ids(wanted)
 
 
 def _signed(pixels: Tensor) -> Tensor:

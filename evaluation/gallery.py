@@ -2,7 +2,7 @@
 
 A picture that is there and was made by the same settings from the same checkpoint is kept, and one that
 differs is never written over unasked. Several processes may share a folder: picture k is that of process k
-modulo their number. Used by `sample.py`.
+modulo their number. Used by `sample.py` and `scripts/evaluate.py`.
 """
 
 import hashlib
@@ -74,8 +74,32 @@ class Work:
 def make(work: Work, folder: Path, batch_size: int, overwrite: bool = False) -> Path | None:
     """The sheet of all pictures, once all are there: this process makes its share of what is missing.
 
-    Each picture is written as soon as it is made, so that nothing is lost by an interruption. None where
-    other processes are not finished.
+    None where other processes are not finished.
+
+    Raises:
+        ConfigError: the folder holds other pictures.
+        OSError: it cannot be written.
+    """
+    fill(work, folder, batch_size, overwrite)
+    paths = [work.path(folder, k) for k in range(len(work.jobs))]
+    if not all(path.exists() for path in paths):
+        return None
+    scale = min(1.0, THUMBNAIL / max(work.size))
+    shown = [max(1, round(side * scale)) for side in work.size]
+    thumbnails = torch.stack([_thumbnail(path, *shown) for path in paths[:ON_SHEET]])
+    captions = [_caption(job) for job in work.jobs[:ON_SHEET]]
+    enlarged = 2 if 2 * max(shown) <= THUMBNAIL else 1
+    columns = max(1, min(8, SHEET_WIDTH // (enlarged * shown[0])))
+    buffer = io.BytesIO()
+    contact_sheet(thumbnails, captions, columns, enlarged).save(buffer, "PNG")
+    write_atomic(folder / "contact_sheet.png", buffer.getvalue())
+    return folder / "contact_sheet.png"
+
+
+def fill(work: Work, folder: Path, batch_size: int, overwrite: bool = False) -> None:
+    """Makes this process's share of the pictures that are missing in `folder`.
+
+    Each picture is written as soon as it is made, so that nothing is lost by an interruption.
 
     Raises:
         ConfigError: the folder holds other pictures.
@@ -95,19 +119,6 @@ def make(work: Work, folder: Path, batch_size: int, overwrite: bool = False) -> 
             for k, job, pixels in zip(some, jobs, images, strict=True):
                 write(work.path(folder, k), pixels, work, work.record(job))
             progress.update(first + len(some))
-    paths = [work.path(folder, k) for k in range(len(work.jobs))]
-    if not all(path.exists() for path in paths):
-        return None
-    scale = min(1.0, THUMBNAIL / max(work.size))
-    shown = [max(1, round(side * scale)) for side in work.size]
-    thumbnails = torch.stack([_thumbnail(path, *shown) for path in paths[:ON_SHEET]])
-    captions = [_caption(job) for job in work.jobs[:ON_SHEET]]
-    enlarged = 2 if 2 * max(shown) <= THUMBNAIL else 1
-    columns = max(1, min(8, SHEET_WIDTH // (enlarged * shown[0])))
-    buffer = io.BytesIO()
-    contact_sheet(thumbnails, captions, columns, enlarged).save(buffer, "PNG")
-    write_atomic(folder / "contact_sheet.png", buffer.getvalue())
-    return folder / "contact_sheet.png"
 
 
 def _caption(job: Job) -> str:

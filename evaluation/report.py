@@ -130,22 +130,34 @@ def write_report(
     """
     sections = []
     for heading, picture in pictures.items():
-        name = f"{heading.lower().replace(' ', '_')}.png"
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
-        _write(folder / name, buffer.getvalue())
-        data = base64.b64encode(buffer.getvalue()).decode()
-        sections.append(
-            f'<h2>{html.escape(heading)}</h2><img src="data:image/png;base64,{data}" alt="{heading}">'
-        )
-    page = _PAGE.format(
+        _write(folder / f"{heading.lower().replace(' ', '_')}.png", buffer.getvalue())
+        sections.append(section(heading, picture))
+    _write(folder / "report.html", page(title, figures, sections, config).encode())
+    _write(folder / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def page(title: str, figures: Mapping[str, Any], sections: Sequence[str], config: Mapping[str, Any]) -> str:
+    """A page of HTML that needs nothing beside it: figures as rows, sections of HTML, the configuration."""
+    return _PAGE.format(
         title=html.escape(title),
         figures="".join(_rows("", figures)),
         sections="\n".join(sections),
         config=html.escape(json.dumps(config, indent=2)),
     )
-    _write(folder / "report.html", page.encode())
-    _write(folder / "report.json", (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def section(heading: str, picture: Image.Image, words: str = "") -> str:
+    """HTML of a heading, a paragraph of `words` where there are some, and the picture within the page."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    told = f"<p>{html.escape(words)}</p>" if words else ""
+    return (
+        f'<h2>{html.escape(heading)}</h2>{told}<img src="data:image/png;base64,{data}" '
+        f'alt="{html.escape(heading)}">'
+    )
 
 
 def make_report(
@@ -191,8 +203,8 @@ def make_report(
         "psnr_db": _last(metrics["autoencoder"], "val_psnr_db"),
         "autoencoder_val_loss": _last(metrics["autoencoder"], "val_loss"),
         "diffusion_val_loss": _last(metrics["diffusion"], "val_loss"),
-        "images_seen": _last(metrics["diffusion"], "images"),
-        "autoencoder_images_seen": _last(metrics["autoencoder"], "images"),
+        "images_seen": _images_seen(metrics["diffusion"]),
+        "autoencoder_images_seen": _images_seen(metrics["autoencoder"]),
         "seconds": time.perf_counter() - began,
     }
     real = torch.stack([sample.pixels for sample in samples[:SHOWN]])
@@ -231,6 +243,11 @@ def _edited(samples: Sequence[Sample], made: Tensor) -> Edited:
 
 def _last(metrics: Sequence[Mapping[str, float]], key: str) -> float | None:
     return next((line[key] for line in reversed(metrics) if key in line), None)
+
+
+def _images_seen(metrics: Sequence[Mapping[str, float]]) -> float | None:
+    """The most there is: figures of an evaluation come later than the images they belong to."""
+    return max((line["images"] for line in metrics), default=None)
 
 
 def _lines(figures: Mapping[str, Any]) -> list[str]:

@@ -92,7 +92,10 @@ def make_run() -> Callable[..., Path]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Runs `train.py` or `sample.py` in this process: `command("train", "seed=1")` returns the exit code."""
+    """Runs a script in this process: `command("train", "seed=1")` returns the exit code.
+
+    It is one at the root, such as `train.py`, or one of `scripts/`, such as `evaluate.py`.
+    """
     root, threads = logging.getLogger(), torch.get_num_threads()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     before = (root.level, list(root.handlers))
@@ -102,7 +105,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
         from conf.cli import main
 
         monkeypatch.setattr("sys.argv", [f"{script}.py", *words])
-        module = importlib.import_module(script)
+        place = "" if (PROJECT / f"{script}.py").is_file() else "scripts."
+        module = importlib.import_module(f"{place}{script}")
         try:
             main(script, vars(module)[script])
         except SystemExit as stop:

@@ -25,11 +25,11 @@ _LOST = 5  # exit code: environment
 _STOPPED = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
 
 
-def launch(size: int) -> int:
+def launch(size: int, name: str = "train", again: str = "resume=true") -> int:
     """The exit code of the `size` ranks, all started with this process's own command.
 
     143 or 130 where one was asked to stop; else that of the rank which ended in error first, and 5
-    where a rank was killed.
+    where a rank was killed; then it is said that `name`.py goes on with `again`.
     """
     port = _free_port()
     ranks = [_start(rank, size, port) for rank in range(size)]
@@ -42,7 +42,7 @@ def launch(size: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, pass_on)
     try:
-        return _watch(ranks)
+        return _watch(ranks, name, again)
     finally:
         for process in ranks:
             process.kill()
@@ -75,7 +75,7 @@ def _start(rank: int, size: int, port: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
 
 
-def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
+def _watch(ranks: list["subprocess.Popen[bytes]"], script: str, again: str) -> int:
     """Waits for all ranks; after the first that fails, at most `_GRACE` seconds for the others."""
     failed: list[int] = []
     deadline = float("inf")
@@ -89,8 +89,8 @@ def _watch(ranks: list["subprocess.Popen[bytes]"]) -> int:
             if ended < 0 and -ended not in _STOPPED and len(failed) == 1:
                 name = signal.Signals(-ended).name
                 print(
-                    f"train.py: rank {rank} (process {process.pid}) was killed by {name}, from outside or "
-                    "for want of memory; the others end too; continue with resume=true",
+                    f"{script}.py: rank {rank} (process {process.pid}) was killed by {name}, from outside or "
+                    f"for want of memory; the others end too; continue with {again}",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
         time.sleep(0.02)
