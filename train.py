@@ -50,6 +50,7 @@ from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_estimate
 from models.stages.launch import launch, stay_with_parent
 from models.stages.lock import run_lock
+from models.stages.pace import Effort
 from models.stages.preflight import Cost, preflight, require_disk, show
 from models.stages.ranks import Ranks
 from models.stages.session import Session
@@ -176,6 +177,7 @@ class Run:
             ranks,
         )
         self.checkpoints: dict[StageName, Checkpoint | None] = {}
+        self.efforts: dict[StageName, Effort] = {}
         #: SHA-256 of the base, where the run begins with one.
         self.base: str | None = None
         self.moments: tuple[MomentsDataset, MomentsDataset] | None = None
@@ -290,6 +292,7 @@ class Run:
                 base.start(stage)
             stages.append(stage)
         costs = [self.cost(stage) for stage in stages]
+        self.efforts = {StageName[cost.stage]: cost.effort for cost in costs}
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
         return stages
@@ -449,7 +452,10 @@ class Run:
                 stop = stage.images_seen + NORMALISATION_IMAGES
                 stage.finish(data.train_loader(stage.images_seen, stop))
 
-        fit(Work(stage, data, fingerprints, self.checkpoints[name], finish, show_pictures), self.session)
+        work = Work(
+            stage, data, fingerprints, self.checkpoints[name], finish, show_pictures, self.efforts[name]
+        )
+        fit(work, self.session)
 
     def averaged_autoencoder(self) -> dict[str, Tensor]:
         """The weights of the finished autoencoder of this run.

@@ -23,6 +23,7 @@ from data.loader import Loader
 from data.progress import Progress
 from data.shard_index import write_atomic
 from models.stages.optim import learning_rate_factor
+from models.stages.pace import Meter, Pace, hours_in
 from models.stages.ranks import Ranks, listed
 from models.stages.replicas import RanksDiffer, differing
 from models.stages.saving import Saver
@@ -136,13 +137,16 @@ class Metrics(Callback):
         path: the file, appended to; lines past the images seen are dropped when a run is resumed.
         progress: told images seen and loss.
         ranks: of which the first one writes.
+        pace: how long the steps of all ranks take; a callback that comes before this one.
     """
 
-    def __init__(self, stage: Stage, path: Path, progress: Progress, ranks: Ranks) -> None:
+    def __init__(self, stage: Stage, path: Path, progress: Progress, ranks: Ranks, pace: Pace) -> None:
         self.stage = stage
         self.path = path
         self.progress = progress
         self.ranks = ranks
+        self.pace = pace
+        self._meter = Meter(ranks.size)
         self._began = self._waited_since = time.perf_counter()
         self._waited, self._steps, self._truncated, self._substituted = 0.0, 0, 0, 0
         self._warned = False
@@ -154,6 +158,9 @@ class Metrics(Callback):
             kept = [line for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
             if len(kept) < len(lines) or not self.path.read_text().endswith("\n"):
                 write_atomic(self.path, "".join(kept).encode())
+            # Those of steps that are made again were spent as well.
+            spent = max((hours_in(json.loads(line)) for line in lines), default=0.0)
+            self._meter = Meter(self.ranks.size, spent)
         self._began = self._waited_since = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, i: int) -> None:
@@ -178,6 +185,8 @@ class Metrics(Callback):
         figures |= {
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": images / seconds,
+            **self.pace.figures(images / seconds),
+            **self._meter.figures(self.stage.plan.images - self.stage.images_seen, images / seconds),
             "data_wait_share": self._waited / seconds,
             "caption_truncated_share": self._truncated * self.ranks.size / images,
             "substituted_share": self._substituted * self.ranks.size / images,
@@ -203,6 +212,7 @@ class Metrics(Callback):
         """Counts time and waiting from now on, so that a validation is no part of the images/s."""
         self._waited, self._steps, self._truncated, self._substituted = 0.0, 0, 0, 0
         self._began = self._waited_since = time.perf_counter()
+        self.pace.restart()
 
     def record(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
         """Writes figures at the images seen so far to the file and to the logger."""

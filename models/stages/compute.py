@@ -79,6 +79,7 @@ class TrainerOptions:
         check_ranks_every_images: the processes compare their weights so often; 0 is never.
         timeout: seconds after which a process that does not answer the others ends the run.
         connect_timeout: the same while the processes meet at the start.
+        hang_seconds: without the end of a step until every process writes down where it stands; 0 is never.
         not_finite: what follows a loss or gradient that is not finite.
         spike_zscore: standard deviations above the recent losses from which a loss is told; 0 is never.
         rewind_spikes: whether such a loss also takes the weights back to the last checkpoint.
@@ -98,6 +99,7 @@ class TrainerOptions:
         check_ranks_every_images: int = 10_000,
         timeout: float = 1800.0,
         connect_timeout: float = 300.0,
+        hang_seconds: float = 600.0,
         not_finite: NotFinite = NotFinite.stop,
         spike_zscore: float = 0.0,
         rewind_spikes: bool = False,
@@ -120,6 +122,8 @@ class TrainerOptions:
         for name, seconds in {"timeout": timeout, "connect_timeout": connect_timeout}.items():
             if not (math.isfinite(seconds) and seconds > 0):
                 raise ValueError(f"{name} is {seconds}, but must be a positive number of seconds")
+        if not (math.isfinite(hang_seconds) and hang_seconds >= 0):
+            raise ValueError(f"hang_seconds is {hang_seconds}, but must be 0 or a positive number of seconds")
         if not (math.isfinite(spike_zscore) and spike_zscore >= 0):
             raise ValueError(f"spike_zscore is {spike_zscore}, but must be 0 or a positive number")
         self.accelerator = accelerator
@@ -133,6 +137,7 @@ class TrainerOptions:
         self.check_ranks_every_images = check_ranks_every_images
         self.timeout = timeout
         self.connect_timeout = connect_timeout
+        self.hang_seconds = hang_seconds
         self.not_finite = not_finite
         self.spike_zscore = spike_zscore
         self.rewind_spikes = rewind_spikes

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from models.stages.callbacks import (
 from models.stages.division import Division, divide
 from models.stages.guard import Guard, Rewind
 from models.stages.memory import out_of_memory
+from models.stages.pace import Effort, Pace
+from models.stages.recorder import FlightRecorder
 from models.stages.reduce import make_reduction
 from models.stages.saving import Saver
 from models.stages.session import Session
@@ -46,6 +48,7 @@ class Work:
         checkpoint: whose optimizer state is taken up.
         finish: called after the last step and before the last checkpoint.
         show: makes and keeps pictures, given the images seen.
+        effort: of an image, and what the machine could do, as the preflight found.
     """
 
     stage: Stage
@@ -54,6 +57,7 @@ class Work:
     checkpoint: Checkpoint | None
     finish: Callable[[], None]
     show: Callable[[int], Path]
+    effort: Effort = field(default_factory=Effort)
 
 
 def fit(work: Work, session: Session) -> None:
@@ -71,14 +75,16 @@ def fit(work: Work, session: Session) -> None:
     here.mkdir(parents=True, exist_ok=True)
     with Progress(stage.name, stage.plan.images, stage.images_seen, shown=ranks.first) as progress:
         saver = Saver(stage, here / "checkpoints", session, work.fingerprints)
-        metrics = Metrics(stage, here / "metrics.jsonl", progress, ranks)
+        pace = Pace(stage, here, ranks, work.effort)
+        metrics = Metrics(stage, here / "metrics.jsonl", progress, ranks, pace)
+        recorder = FlightRecorder(stage, here, ranks, session.options.hang_seconds)
         loader = work.data.val_loader(
             stage.plan.validation_images, ranks.rank, ranks.size, _division(stage, session).parts
         )
         validation = Validation(stage, loader, metrics, work.show, ranks)
         checkpointing = Checkpointing(stage, saver, validation, session.signals)
         with session.signals.flagged(), saver, out_of_memory(stage.name, stage.compute.device):
-            trainer = _train(work, session, [metrics, validation, checkpointing], saver)
+            trainer = _train(work, session, [recorder, pace, metrics, validation, checkpointing], saver)
             if stage.images_seen >= stage.plan.images:
                 work.finish()
                 validation.run(trainer)

@@ -15,6 +15,7 @@ from data.batch import Batch
 from data.progress import duration
 from models.stages.compute import Compute, Reduce, decide, seconds_a_call
 from models.stages.division import Division, divide
+from models.stages.pace import Effort, matmul_ceiling
 from models.stages.session import Session
 from models.stages.stage import Stage
 
@@ -27,7 +28,7 @@ _COPIES_ON_DISK = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage will cost; counts are of images, sizes in bytes."""
+    """What a stage will cost; counts are of images, sizes in bytes, `ceiling` FLOP a second of a rank."""
 
     stage: str
     parameters: int
@@ -39,6 +40,13 @@ class Cost:
     memory: float
     disk: float
     compute: Compute
+    ceiling: float = 0.0
+    ranks: int = 1
+
+    @property
+    def effort(self) -> Effort:
+        """What an image asks of the machine, for the share that training uses."""
+        return Effort(self.flops_an_image, self.ceiling)
 
 
 def preflight(
@@ -84,6 +92,8 @@ def preflight(
         + activations * division.micro_batch,
         disk=_COPIES_ON_DISK * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
+        ceiling=matmul_ceiling(compute),
+        ranks=session.ranks.size,
     )
 
 
@@ -116,6 +126,7 @@ def show(costs: list[Cost], free_disk: float) -> None:
         ("global batch", lambda c: str(c.division)),
         ("to go", lambda c: f"{c.images_to_go:,} images, {c.steps_to_go:,} steps"),
         ("time", lambda c: f"about {duration(c.seconds)} ({_rate(c)} images/s in a probe)"),
+        ("of the ceiling", _share),
         ("computes", lambda c: str(c.compute)),
         ("peak memory", lambda c: f"at most about {_size(c.memory)}"),
         ("disk", lambda c: f"{_size(c.disk)} for checkpoints"),
@@ -152,6 +163,14 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
     own = {p.untyped_storage().data_ptr() for p in stage.networks.parameters()}
     activations = sum(size for place, size in kept.items() if place not in own)
     return float(counter.get_total_flops()), float(activations)
+
+
+def _share(cost: Cost) -> str:
+    """The share of what a matrix product reaches on this machine that the probe used."""
+    if not (cost.seconds and cost.ceiling):
+        return "-"
+    used = cost.images_to_go / cost.seconds * cost.flops_an_image / (cost.ceiling * cost.ranks)
+    return f"{used:.1%} of {cost.ceiling / 1e9:,.0f} GFLOP/s a device, by a matrix product"
 
 
 def _rate(cost: Cost) -> str:

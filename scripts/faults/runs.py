@@ -25,7 +25,8 @@ SAMPLES = 96
 PATIENCE = 240.0
 STATE_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors")
 #: Figures of metrics.jsonl that depend on the machine's speed and memory.
-TIMED = {"images_per_second", "data_wait_share", "peak_memory_gib"}
+TIMED = {"images_per_second", "data_wait_share", "peak_memory_gib", "step_ms_p50", "step_ms_p99"}
+TIMED |= {"step_ms_max", "mfu", "slowest_rank", "slowest_rank_factor", "device_hours", "device_hours_to_go"}
 WORDS = (
     "data.resolution=16", "data.val_fraction=0.1", "data.workers=0", "data.block_shards=2",
     "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]",

@@ -24,6 +24,7 @@ from models.stages.compute import TrainerOptions
 from models.stages.faults import NotFinite
 from models.stages.fit import Work, fit
 from models.stages.logs import CsvLog
+from models.stages.pace import Effort, Pace
 from models.stages.plan import Plan
 from models.stages.ranks import Ranks
 from models.stages.session import Session
@@ -354,5 +355,7 @@ def test_lines_past_the_resume_point_go(make_stage: MakeStage, tmp_path: Path) -
     path.write_text('{"images": 4}\n{"images": 8}\n{"images": 12}\n{"ima')
     stage = make_stage("autoencoder")
     stage.images_seen = 8
-    Metrics(stage, path, Progress("test", 1), Ranks.alone()).on_train_start(None, stage)  # type: ignore[arg-type]
+    Metrics(
+        stage, path, Progress("test", 1), Ranks.alone(), Pace(stage, path.parent, Ranks.alone(), Effort())
+    ).on_train_start(None, stage)  # type: ignore[arg-type]
     assert path.read_text() == '{"images": 4}\n{"images": 8}\n'

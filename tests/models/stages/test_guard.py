@@ -16,6 +16,7 @@ from data.batch import Batch
 from models.stages.callbacks import Metrics
 from models.stages.faults import NotFinite
 from models.stages.guard import MAX_SKIPPED, Guard, Rewind
+from models.stages.pace import Effort, Pace
 from models.stages.ranks import Ranks
 from models.stages.reduce import Reduction
 from models.stages.signals import Signals
@@ -129,7 +130,13 @@ def test_many_captions_that_do_not_fit_are_told_once(
     stage.guard = SimpleNamespace(applied=True, loss=1.0)
     shown = SimpleNamespace(update=lambda *_: None)
     trainer: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 1e-3}])], loggers=[])
-    metrics = Metrics(stage, tmp_path / "metrics.jsonl", shown, Ranks.alone())  # type: ignore[arg-type]
+    metrics = Metrics(
+        stage,
+        tmp_path / "metrics.jsonl",
+        shown,
+        Ranks.alone(),
+        Pace(stage, tmp_path, Ranks.alone(), Effort()),
+    )  # type: ignore[arg-type]
     every = stage.plan.log_every_images
     for truncated in (0, 1, 1):
         stage.images_seen += every
