@@ -46,11 +46,11 @@ from models.stages.compute import Compute, Precision, TrainerOptions, allow_shap
 from models.stages.depends import differences
 from models.stages.division import divide
 from models.stages.dropout import check_dropout
+from models.stages.effort import Effort
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_estimate
 from models.stages.launch import launch, stay_with_parent
 from models.stages.lock import run_lock
-from models.stages.pace import Effort
 from models.stages.preflight import Cost, preflight, require_disk, show
 from models.stages.ranks import Ranks
 from models.stages.session import Session

@@ -22,8 +22,9 @@ from data.batch import Batch
 from data.loader import Loader
 from data.progress import Progress
 from data.shard_index import write_atomic
+from models.stages.effort import Meter, hours_in
 from models.stages.optim import learning_rate_factor
-from models.stages.pace import Meter, Pace, hours_in
+from models.stages.pace import Pace
 from models.stages.ranks import Ranks, listed
 from models.stages.replicas import RanksDiffer, differing
 from models.stages.saving import Saver

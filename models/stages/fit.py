@@ -22,9 +22,10 @@ from models.stages.callbacks import (
     Validation,
 )
 from models.stages.division import Division, divide
+from models.stages.effort import Effort
 from models.stages.guard import Guard, Rewind
 from models.stages.memory import out_of_memory
-from models.stages.pace import Effort, Pace
+from models.stages.pace import Pace
 from models.stages.recorder import FlightRecorder
 from models.stages.reduce import make_reduction
 from models.stages.saving import Saver

@@ -15,7 +15,7 @@ from data.batch import Batch
 from data.progress import duration
 from models.stages.compute import Compute, Reduce, decide, seconds_a_call
 from models.stages.division import Division, divide
-from models.stages.pace import Effort, matmul_ceiling
+from models.stages.effort import Effort, matmul_ceiling
 from models.stages.session import Session
 from models.stages.stage import Stage
 

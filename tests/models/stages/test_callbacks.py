@@ -21,10 +21,11 @@ from models.checkpoint import newest
 from models.stages.autoencoder import AutoencoderStage
 from models.stages.callbacks import Metrics, crossed
 from models.stages.compute import TrainerOptions
+from models.stages.effort import Effort
 from models.stages.faults import NotFinite
 from models.stages.fit import Work, fit
 from models.stages.logs import CsvLog
-from models.stages.pace import Effort, Pace
+from models.stages.pace import Pace
 from models.stages.plan import Plan
 from models.stages.ranks import Ranks
 from models.stages.session import Session

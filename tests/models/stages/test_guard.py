@@ -14,9 +14,10 @@ import torch
 
 from data.batch import Batch
 from models.stages.callbacks import Metrics
+from models.stages.effort import Effort
 from models.stages.faults import NotFinite
 from models.stages.guard import MAX_SKIPPED, Guard, Rewind
-from models.stages.pace import Effort, Pace
+from models.stages.pace import Pace
 from models.stages.ranks import Ranks
 from models.stages.reduce import Reduction
 from models.stages.signals import Signals

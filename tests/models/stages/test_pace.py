@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from models.stages.compute import Compute
-from models.stages.pace import Effort, Meter, Pace, hours_in, matmul_ceiling
+from models.stages.effort import Effort, Meter, hours_in, matmul_ceiling
+from models.stages.pace import Pace
 from models.stages.ranks import Ranks
 from models.stages.recorder import FlightRecorder
 
