@@ -68,8 +68,8 @@ def train(config: DictConfig) -> None:
     if values["estimate"]:
         estimate(values, options)
         return
-    check_division(values, options)
     if options.devices > 1 and "RANK" not in os.environ:
+        check_division(values, options, options.devices)
         sys.exit(launch(options.devices))
     stay_with_parent()
     with ExitStack() as stack:
@@ -77,6 +77,7 @@ def train(config: DictConfig) -> None:
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)
         same = require_same_config(values, ranks)
+        check_division(values, options, ranks.size)
         run = Run(values, ranks)
         pids = [int(pid) for (pid,) in ranks.gather([os.getpid()])]
         if ranks.first:
@@ -93,15 +94,12 @@ def train(config: DictConfig) -> None:
         ranks.wait()
 
 
-def check_division(values: dict[str, Any], options: TrainerOptions) -> None:
-    """Refuses a batch that its ranks and micro-batches do not divide, before a process is started for it.
+def check_division(values: dict[str, Any], options: TrainerOptions, size: int) -> None:
+    """Refuses a batch that `size` ranks and their micro-batches do not divide, before anything is built.
 
     Raises:
         ConfigError: naming the numbers and the nearest that work.
-        RankError: the environment is not a launcher's.
     """
-    launched = Ranks.placed()
-    size = launched.size if launched.size > 1 else options.devices
     for name in values["stages"]:
         plan = make(f"plan/{name}", values["plan"][name])
         divide(f"plan.{name}", plan.batch_size, size, options)

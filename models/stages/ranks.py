@@ -10,6 +10,8 @@ Use: `with Ranks.join(timeout=1800, connect_timeout=300) as ranks: losses = rank
 import faulthandler
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.rendezvous import rendezvous
 
 #: What a launcher tells each process; torchrun sets the same.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -62,6 +63,7 @@ class Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
         store = ranks._meet(connect_timeout)
+        store.set_timeout(timedelta(seconds=timeout))
         with ranks._named_errors():
             distributed.init_process_group(
                 backend, store=store, rank=ranks.rank, world_size=ranks.size,
@@ -105,30 +107,65 @@ class Ranks:
 
         torch by itself waits as long for ranks that never came as for one that is slow, and names none.
         """
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        deadline = time.monotonic() + seconds
+        # Torchrun keeps such a store itself, the same one after a restart.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        opens = self.first and not kept
+        if not opens:
+            self._reach(host, port, seconds)
         try:
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        except (RuntimeError, ValueError) as error:
-            raise RankError(_unreachable(self, address, seconds, error)) from error
-        keys = [f"firstlight/here/{rank}" for rank in range(self.size)]
-        try:
-            store.set(keys[self.rank], "")
-            store.wait(keys, timedelta(seconds=seconds))
+            whole = distributed.TCPStore(
+                host, port, None if kept else self.size, is_master=opens,
+                timeout=timedelta(seconds=seconds), wait_for_workers=False,
+            )  # fmt: skip
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = distributed.PrefixStore(f"firstlight/{attempt}", whole)
+            store.set(f"here/{self.rank}", "")
+            store.add("here", 1)
+            while store.add("here", 0) < self.size:
+                if time.monotonic() > deadline:
+                    raise RankError(self._absent(store, seconds))
+                time.sleep(0.1)
         except RuntimeError as error:
-            raise RankError(self._absent(store, keys, seconds)) from error
-        return distributed.PrefixStore("firstlight", store)
+            raise RankError(self._unmet(error, f"{host}:{port}")) from error
+        return store
 
-    def _absent(self, store: distributed.Store, keys: list[str], seconds: float) -> str:
-        """Who did not come."""
-        try:
-            absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        except RuntimeError:
-            return f"rank {self.rank} of {self.size} met rank 0, which has ended since; it says why"
-        has = "has" if len(absent) == 1 else "have"
+    def _reach(self, host: str, port: int, seconds: float) -> None:
+        """Returns once somebody listens at rank 0's address; RankError after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                socket.create_connection((host, port), max(0.1, deadline - time.monotonic())).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise RankError(
+                        f"rank {self.rank} of {self.size} could not reach rank 0 at {host}:{port} within "
+                        f"{seconds:.0f} s ({error.strerror or error}); see whether MASTER_ADDR and "
+                        "MASTER_PORT are its own, whether it runs, and whether a firewall is between"
+                    ) from error
+            time.sleep(0.1)
+
+    def _absent(self, store: distributed.Store, seconds: float) -> str:
+        """Who has not come."""
+        absent = [rank for rank in range(self.size) if not store.check([f"here/{rank}"])]
+        verb, they = ("has", "it was") if len(absent) == 1 else ("have", "they were")
         return (
             f"rank {self.rank} of {self.size} waited {seconds:.0f} s at the start, but {listed(absent)} "
-            f"{has} not come; see whether they were started and what they say, or raise "
-            "trainer.connect_timeout"
+            f"{verb} not come; see whether {they} started and what it says, or raise trainer.connect_timeout"
+        )
+
+    def _unmet(self, error: RuntimeError, address: str) -> str:
+        """Why the meeting place could not be opened, or is gone."""
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            return (
+                f"rank {self.rank} of {self.size} cannot listen at {address}: another process does; choose "
+                "another MASTER_PORT"
+            )
+        return (
+            f"rank {self.rank} of {self.size} met rank 0 at {address}, which has ended since or does not "
+            f"answer ({str(error).splitlines()[0][:160]}); rank 0 says why"
         )
 
     @property
@@ -253,20 +290,6 @@ class Ranks:
 def listed(ranks: Sequence[int]) -> str:
     """`rank 1`, or `ranks 1, 2`."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-def _unreachable(ranks: Ranks, address: str, seconds: float, error: Exception) -> str:
-    """Why the meeting place could not be reached, or opened by the first rank."""
-    text = str(error)
-    if "EADDRINUSE" in text or "address already in use" in text.lower():
-        return (
-            f"rank {ranks.rank} of {ranks.size} cannot listen at {address}: another process does; choose "
-            "another MASTER_PORT"
-        )
-    return (
-        f"rank {ranks.rank} of {ranks.size} could not reach rank 0 at {address} within {seconds:.0f} s; see "
-        "whether MASTER_ADDR and MASTER_PORT are its own, whether it runs, and whether a firewall is between"
-    )
 
 
 def _store() -> distributed.Store:
