@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.clip import Clip
 from evaluation.features import check_pictures
 from evaluation.prompts import Prompt
 from evaluation.scorers import Scorer
-from models.portions import one_thread
+from models.portions import Portions, one_thread
+
+#: Pictures or texts that go through a CLIP at a time.
+_ROWS = 8
 
 
 class TextImageTower(ABC):
@@ -40,6 +44,26 @@ class TextImageTower(ABC):
     @abstractmethod
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors float32 `[N D]` of `texts`; a row is its text's alone."""
+
+
+class ClipTower(TextImageTower):
+    """A CLIP from a local file: `ClipTower(load_clip("ViT-B-32", path))`."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__(f"clip {clip.model}", clip.sha256)
+        self.clip = clip
+        self.portions = Portions()
+
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        check_pictures(pictures)
+        if not len(pictures):
+            return torch.empty(0, self.clip.dim)
+        return self.portions(_ROWS, self.clip.pictures, pictures)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        if not texts:
+            return torch.empty(0, self.clip.dim)
+        return self.portions(_ROWS, self.clip.texts, self.clip.tokenizer(list(texts)))
 
 
 @dataclass(frozen=True)

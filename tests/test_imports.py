@@ -46,7 +46,7 @@ ADDRESSES: dict[str, tuple[str, ...]] = {
     "hydra": ("conf/", "train.py", "sample.py", "scripts/"),
     "omegaconf": ("conf/", "train.py", "sample.py", "scripts/"),
     "webdataset": ("data/", "scripts/"),
-    "open_clip": ("models/text_encoder.py",),
+    "open_clip": ("models/text_encoder.py", "evaluation/clip.py"),
     "wandb": ("models/stages/logs.py",),
     "starlette": ("web/",),
     "uvicorn": ("web/",),

@@ -16,7 +16,7 @@ from evaluation.tower import DIM, SmallTower, load_tower, save_tower, train_towe
 from models.checkpoint import CheckpointError
 
 
-def landscapes(seed: int, count: int) -> tuple[Tensor, list[str]]:
+def rendered(seed: int, count: int) -> tuple[Tensor, list[str]]:
     scenes = [draw_scene(seed, index) for index in range(count)]
     pixels = np.stack([render(scene) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), [caption(scene) for scene in scenes]
@@ -24,7 +24,7 @@ def landscapes(seed: int, count: int) -> tuple[Tensor, list[str]]:
 
 @pytest.fixture(scope="module")
 def tower() -> SmallTower:
-    return train_tower(*landscapes(5, 800), steps=40)
+    return train_tower(*rendered(5, 800), steps=40)
 
 
 class Lookup(TextImageTower):
@@ -79,7 +79,7 @@ def test_the_clip_score_is_a_cosine_without_its_negative_part() -> None:
 
 def test_swapped_captions_are_caught_by_retrieval(tower: SmallTower) -> None:
     """On pictures that the tower has not seen."""
-    pictures, captions = landscapes(6, 200)
+    pictures, captions = rendered(6, 200)
     prompts = [Prompt(text, "all", str(k)) for k, text in enumerate(captions)]
     scorer = TowerScorer(tower)
     right, swapped = scorer.score(pictures, prompts), scorer.score(pictures, prompts[1:] + prompts[:1])
@@ -97,7 +97,7 @@ def test_swapped_captions_are_caught_by_retrieval(tower: SmallTower) -> None:
 
 
 def test_rows_stand_alone(tower: SmallTower) -> None:
-    pictures, captions = landscapes(6, 40)
+    pictures, captions = rendered(6, 40)
     whole, texts = tower.embed_pictures(pictures), tower.embed_texts(captions)
     threads = torch.get_num_threads()
     try:
@@ -113,7 +113,7 @@ def test_rows_stand_alone(tower: SmallTower) -> None:
 
 
 def test_training_is_a_function_of_seed_and_data() -> None:
-    pictures, captions = landscapes(5, 40)
+    pictures, captions = rendered(5, 40)
     state = torch.get_rng_state()
     told: list[int] = []
     first = train_tower(pictures, captions, seed=1, steps=3, progress=told.append)
@@ -142,7 +142,7 @@ def test_equal_captions_are_no_error_to_each_other() -> None:
 def test_a_saved_tower_comes_back(tower: SmallTower, tmp_path: Path) -> None:
     save_tower(tower, tmp_path / "tower")
     loaded = load_tower(tmp_path / "tower")
-    pictures, captions = landscapes(6, 3)
+    pictures, captions = rendered(6, 3)
     assert torch.equal(loaded.embed_pictures(pictures), tower.embed_pictures(pictures))
     assert torch.equal(loaded.embed_texts(captions), tower.embed_texts(captions))
     assert (loaded.card, loaded.sha256) == (tower.card, tower.sha256)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.landscapes import caption, draw_scene, factors, render
-from evaluation.adherence import AdherenceJudge, train_judge
+from data.landscapes import caption, draw_scene, factors
+from evaluation.adherence import AdherenceJudge
 from evaluation.prompts import Prompt, read_prompts
 from evaluation.scorers import AdherenceScorer, QuestionScorer, category_means, stated_factors
 
@@ -18,14 +18,14 @@ SCENES = [draw_scene(77, index) for index in range(200)]
 PROMPTS = [Prompt(caption(scene), scene.time.value, str(k)) for k, scene in enumerate(SCENES)]
 
 
-@pytest.fixture(scope="module")
-def judge() -> AdherenceJudge:
-    return train_judge(3, images=640, epochs=6)[0]
+@pytest.fixture
+def judge(quick_judge: AdherenceJudge) -> AdherenceJudge:
+    return quick_judge
 
 
-@pytest.fixture(scope="module")
-def pictures() -> Tensor:
-    return torch.from_numpy(np.stack([render(scene) for scene in SCENES])).permute(0, 3, 1, 2).contiguous()
+@pytest.fixture
+def pictures(landscapes: Tensor) -> Tensor:
+    return landscapes[: len(SCENES)]
 
 
 def test_swapped_captions_are_caught(judge: AdherenceJudge, pictures: Tensor) -> None:
