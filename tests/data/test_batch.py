@@ -1,6 +1,7 @@
 """A batch holds what its samples held, as bytes, and gives images in [-1, 1]."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,3 +55,23 @@ def test_pinning_keeps_everything() -> None:
 def test_a_wrong_tokenizer_is_named() -> None:
     with pytest.raises(ValueError, match=r"3 captions: tokenize gave torch.float32 \[3\], not int64 \[B L\]"):
         Collate(wrong)(samples())
+
+
+def test_parts_make_the_batch_again() -> None:
+    batch = Collate(tokenize)([*samples(), *samples()])
+    text = (torch.rand(6, 2, 4), torch.ones(6, 2, dtype=torch.bool), torch.rand(6, 4))
+    batch = replace(batch, text=text, before=batch.pixels + 1, moments=torch.rand(6, 8, 2, 2))
+    parts = batch.parts(3)
+    assert [len(part) for part in parts] == [2, 2, 2]
+    for field in ("pixels", "tokens", "indices", "moments", "before"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(batch, field)), field
+    for k, wanted in enumerate(text):
+        assert torch.equal(torch.cat([part.text[k] for part in parts if part.text]), wanted)
+    assert [key for part in parts for key in part.keys] == batch.keys
+    assert [caption for part in parts for caption in part.captions] == batch.captions
+    assert batch.parts(1) == [batch]
+
+
+def test_parts_must_be_equal() -> None:
+    with pytest.raises(ValueError, match="a batch of 3 samples does not divide by 2"):
+        Collate(tokenize)(samples()).parts(2)

@@ -11,9 +11,11 @@ import torch
 
 from data.batch import Batch
 from models.stages import preflight as module
-from models.stages.compute import Precision, Switch, TrainerOptions
+from models.stages.compute import Precision, Reduce, Switch, TrainerOptions
 from models.stages.logs import CsvLog
+from models.stages.plan import Plan
 from models.stages.preflight import Cost, preflight, require_disk, show
+from models.stages.ranks import Ranks
 from models.stages.session import Session
 
 OPTIONS = TrainerOptions(precision=Precision.fp32, compile=Switch.off)
@@ -89,3 +91,33 @@ def test_the_table(cost: Cost, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for word in ("autoencoder", "16 images, 4 steps", "cpu, float32", "2.00 GiB of disk are free"):
         assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "parts", "branches"),
+    [
+        (1, {}, 1, 0), (2, {}, 1, 0), (2, {"accumulate": 4}, 4, 0),
+        (1, {"reduce": Reduce.tree}, 8, 3), (2, {"reduce": Reduce.tree}, 4, 2),
+    ],
+)  # fmt: skip
+def test_micro_batches_are_what_is_computed_at_once(
+    ranks: int, options: dict[str, Any], parts: int, branches: int, make_stage: Callable[..., Any],
+    make_batch: MakeBatch,
+) -> None:  # fmt: skip
+    stage, sizes = make_stage("autoencoder", plan=Plan(batch_size=16, images=32, warmup_images=0)), []
+
+    def batch(size: int) -> Batch:
+        sizes.append(size)
+        return make_batch(size)
+
+    def measured(size: int, **more: Any) -> Cost:
+        trainer = TrainerOptions(precision=Precision.fp32, compile=Switch.off, **more)
+        session = Session(Path("run"), {}, trainer, CsvLog(), ranks=Ranks(0, size, 0, size))
+        return preflight(stage, batch, session)
+
+    cost = measured(ranks, **options)
+    assert set(sizes) == {16 // ranks // parts, 1}
+    assert cost.seconds == 2 * parts * 0.5
+    weights = 4 * cost.parameters
+    an_image = (measured(1).memory - 9 * weights) / 16
+    assert cost.memory == pytest.approx((9 + branches) * weights + an_image * 16 / ranks / parts)
