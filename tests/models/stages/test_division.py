@@ -61,8 +61,9 @@ def test_cuts(
         (64, 1, {"reduce": Reduce.tree, "micro_batch": 6}, "trainer.micro_batch is 6, but for "
          "trainer.reduce=tree 1, 2, 4, ... of them must make plan.diffusion.batch_size=64; give 4 or 8"),
         (24, 2, {"reduce": Reduce.tree, "micro_batch": 6, "accumulate": 3}, "trainer.accumulate is 3, so "
-         "that at most 4 of plan.diffusion.batch_size=24 images are computed at once, but trainer.reduce=tree "
-         "computes micro-batches of 6; set trainer.micro_batch=3, or leave out trainer.accumulate"),
+         "that at most 4 of plan.diffusion.batch_size=24 images are computed at once, but "
+         "trainer.reduce=tree computes micro-batches of 6; set trainer.micro_batch=3, or leave out "
+         "trainer.accumulate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cut(batch_size: int, ranks: int, options: dict[str, Any], said: str) -> None:

@@ -90,8 +90,8 @@ def test_the_run_ends_with_names_and_says_since_when(make_stage: MakeStage) -> N
     assert set(together(3, check)) == {
         "stage autoencoder at 16 images: the ranks no longer have the same weights: "
         "autoencoder.encoder.conv_in.weight of rank 2, autoencoder.decoder.conv_out.bias of rank 2; all "
-        "agreed at 8 images; a device or its memory erred: test it, remove the checkpoints since then if rank 0 is "
-        "named, and continue with resume=true"
+        "agreed at 8 images; a device or its memory erred: test it, remove the checkpoints since then if "
+        "rank 0 is named, and continue with resume=true"
     }
 
 
