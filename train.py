@@ -12,6 +12,7 @@ python train.py --help                            groups, and every key with its
 import copy
 import logging
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -49,7 +50,7 @@ from models.stages.dropout import check_dropout
 from models.stages.effort import Effort
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_estimate
-from models.stages.launch import launch, stay_with_parent
+from models.stages.launch import launch, run_command, stay_with_parent
 from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
 from models.stages.ranks import Ranks
@@ -68,10 +69,13 @@ def train(config: DictConfig) -> None:
     if values["estimate"]:
         estimate(values, options)
         return
+    stay_with_parent()
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        run_apart(run_folder(values))
+        return
     if options.devices > 1 and "RANK" not in os.environ:
         check_division(values, options, options.devices)
         sys.exit(launch(options.devices))
-    stay_with_parent()
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks.join(options.timeout, options.connect_timeout))
         if not ranks.first:
@@ -92,6 +96,31 @@ def train(config: DictConfig) -> None:
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()
+
+
+def run_apart(folder: Path) -> None:
+    """Runs this job of `--multirun` as a command of its own, which has its own processes and memory.
+
+    In one process, ranks would be launched with the parent's command, which names all jobs: each rank would
+    then train with other values, in silence.
+
+    Raises:
+        ConfigError: the command was started as ranks already, by torchrun or srun.
+        OSError: the job ended in error.
+    """
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "--multirun under torchrun would train every rank with other values; use python train.py "
+            "--multirun trainer.devices=N ..., or python scripts/sweep.py, which start the ranks of each job"
+        )
+    kept = [word for word in HydraConfig.get().overrides.task if not word.startswith(("name=", "folder="))]
+    words = [*kept, f"folder={folder.parent}", f"name={folder.name}"]
+    print(f"--multirun: {shlex.join(words)}", flush=True)
+    code = run_command([sys.executable, str(Path(__file__).resolve()), *words])
+    if code in (130, 143):
+        sys.exit(code)
+    if code:
+        raise OSError(f"--multirun: {' '.join(words)} ended with exit code {code}; the others were not begun")
 
 
 def check_division(values: dict[str, Any], options: TrainerOptions, size: int) -> None:

@@ -35,6 +35,7 @@ _TEXTS = ("prompt", "negative_prompt", "other_prompt", "watermark", "data.where"
 _SHORT = {"train": {"plan": "estimate", "devices": "trainer.devices"}}
 #: What goes on after an interruption.
 _AGAIN = {"train": "resume=true", "sample": "the same command", "evaluate": "the same command"}
+_AGAIN |= {"sweep": "the same command"}
 
 EXIT_CODES: list[tuple[type[BaseException], int]] = [
     (ConfigError, 2),

@@ -170,11 +170,34 @@ class EvaluateConfig:
     debug: bool = False
 
 
+@dataclasses.dataclass
+class SweepConfig:
+    """What `scripts/sweep.py` is told; a file of conf/sweep/ says most of it."""
+
+    name: str | None = None  # of the study and its folder; None: the sweep's
+    folder: str = "runs"
+    space: dict[str, Any] = dataclasses.field(default_factory=dict)  # key of train.py: range or choices
+    metrics: dict[str, str] = dataclasses.field(default_factory=dict)  # figure of a run: minimize or maximize
+    overrides: list[str] = dataclasses.field(default_factory=list)  # of train.py, for all trials
+    trials: int = 12
+    search: str = "tpe"  # or grid
+    seed: int = 0
+    prune_after_images: int = 0  # trials that are behind are stopped from then on; 0: never
+    keep_one_in: int = 3  # of those that are compared at each pruning
+    failures: int = 3  # trials that may fail
+    parallel: int = 1
+    devices: int = 1  # of each trial
+    launcher: str = "here"  # or slurm
+    slurm: list[str] = dataclasses.field(default_factory=list)  # options of sbatch
+    debug: bool = False
+
+
 def register() -> None:
     """Puts every part into Hydra's config store, under its group and name."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)
+    store.store(name="sweep_schema", node=SweepConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     for group, parts in {**REGISTRY, **TRAINING}.items():
         for name, part in parts.items():

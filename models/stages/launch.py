@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 #: Seconds that the other ranks get to end by themselves once one has ended in error.
@@ -47,6 +48,29 @@ def launch(size: int, name: str = "train", again: str = "resume=true") -> int:
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def run_command(command: Sequence[str]) -> int:
+    """The exit code of `command`, run as a process group of its own that ends with this process.
+
+    What is sent to this process is passed on; 130 and 143 are those of a command that was asked to stop.
+    """
+    process = subprocess.Popen(
+        list(command), env=os.environ | {_PARENT: str(os.getpid())}, start_new_session=True
+    )
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return _STOPPED.get(-code, _LOST) if code < 0 else code
 
 
 def stay_with_parent() -> None:
