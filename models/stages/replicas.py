@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from models.stages.ranks import Ranks
 
-#: Elements whose checksum is computed at once; their 64-bit copies are the memory it takes.
-_CHUNK = 2**22
+#: Elements that are summed at once: what stays in a CPU's cache, and what keeps a GPU busy.
+_PORTION, _PORTION_ON_GPU = 2**16, 2**22
 #: An odd number with bits well spread (Steele and Vigna 2021, arXiv 2001.05304, table 4).
 _SPREAD = 0xD1342543DE82EF95 - 2**64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,17 +51,18 @@ def differing(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, list[int
 def checksum(tensor: Tensor) -> Tensor:
     """A number of 64 bits, int64 `[]` on the tensor's device, that changes with every element.
 
-    The sum over all elements of their bits times an odd number of their place, modulo 2**64: exact, so that
-    its order does not matter, and one changed element always changes it.
+    Of each portion the sum of its elements' bits times odd numbers of their places, and of the portions a
+    polynomial, all modulo 2**64: exact, so that the order of a sum does not matter, and one changed element
+    always changes it.
     """
     bits = tensor.detach().flatten()
     bits = bits.to(torch.uint8) if bits.dtype is torch.bool else bits.view(_INTEGERS[bits.element_size()])
+    size = _PORTION if tensor.device.type == "cpu" else _PORTION_ON_GPU
+    place = torch.arange(min(size, len(bits)), device=tensor.device).mul_(_SPREAD)
+    weights = (place >> 29).bitwise_xor_(place).bitwise_or_(1)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for first in range(0, len(bits), _CHUNK):
-        part = bits[first : first + _CHUNK].long()
-        place = torch.arange(first, first + len(part), device=tensor.device).mul_(_SPREAD)
-        weights = (place >> 29).bitwise_xor_(place).bitwise_or_(1)
-        total += part.mul_(weights).sum()
+    for portion in bits.split(size):
+        total.mul_(_SPREAD).add_(portion.long().mul_(weights[: len(portion)]).sum())
     return total
 
 

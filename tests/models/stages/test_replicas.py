@@ -39,12 +39,20 @@ def test_every_bit_counts_and_none_that_is_not_a_number_hides(rng: torch.Generat
     assert len(seen) == 33
 
 
-def test_chunks_and_layout_do_not_matter(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
+def test_layout_does_not_matter(rng: torch.Generator) -> None:
     tensor = torch.randn(2, 8, 5, 5, generator=rng)
-    wanted = checksum(tensor)
-    assert checksum(tensor.contiguous(memory_format=torch.channels_last)) == wanted
-    monkeypatch.setattr("models.stages.replicas._CHUNK", 7)
-    assert checksum(tensor) == wanted
+    assert checksum(tensor.contiguous(memory_format=torch.channels_last)) == checksum(tensor)
+
+
+def test_every_portion_counts_and_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.stages.replicas._PORTION", 7)
+    tensor = torch.arange(1.0, 51.0)
+    seen = {int(checksum(tensor)), int(checksum(tensor.roll(7)))}
+    for place in range(50):
+        other = tensor.clone()
+        other[place] = 0.0
+        seen.add(int(checksum(other)))
+    assert len(seen) == 52
 
 
 @pytest.mark.parametrize(
