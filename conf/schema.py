@@ -149,12 +149,15 @@ class EvaluateConfig:
     prompts: str | None = (
         None  # a file of a prompt suite; None: captions of held-out samples of the run's data
     )
-    pictures: int = 512  # one for each prompt, fewer where there are fewer prompts
+    pictures: int = 1_024  # one for each prompt, fewer where there are fewer prompts
     variety: VarietyConfig = dataclasses.field(default_factory=VarietyConfig)
     shards: str | None = None  # where the run's data lie now; None: where its configuration says
     features: str = "judge"
     features_file: str | None = None  # weights of a network that is not our own
+    scorer: str = "auto"  # judge, tower or none; auto: the judge for landscapes and the tower for all else
     judge: str | None = None  # folder of the landscapes judge; None: beside the run, trained where missing
+    memorization: bool = True  # looks at all training pictures, once for each run and feature network
+    index: str | None = None  # folder of what was seen of them; None: evaluation/index in the run's folder
     seed: int = 0
     num_steps: int | None = None
     guidance_scale: float | None = None

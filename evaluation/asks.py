@@ -20,11 +20,17 @@ from data.index import DataError
 from data.landscapes import FACTORS
 from data.progress import Progress
 from data.shards import Sample, ShardDataset
+from evaluation.prompts import read_prompts
+from evaluation.request import clean
 
 #: Training pictures that tell how varied real pictures of a class are, at most.
 TRAIN_PICTURES = 4_096
 #: The order of the training samples does not depend on the run's seed.
 _SEED = 0
+#: Held-out pictures that a detector of copies is calibrated on, at least where there are so many.
+KNOWN_NEW = 256
+#: Fewer pictures than this have no neighbours to speak of.
+FEWEST = 8
 #: Samples read at a time.
 _CHUNK = 128
 
@@ -66,19 +72,35 @@ class Real:
         """The first `count` of them."""
         return Real(self.pictures[:count], self.asks[:count], self.keys[:count])
 
+    @property
+    def is_landscapes(self) -> bool:
+        """Whether all tell what the judge of landscapes reads."""
+        return all(is_landscape(ask.record) for ask in self.asks)
+
 
 @dataclass(frozen=True)
 class RealData:
-    """The data of a run, read without augmentation: `held_out` pictures, `train` ones, both data sets."""
+    """The data of a run, read without augmentation: held-out pictures, and both data sets.
+
+    `held_out` are those that are compared; `known_new` are more where these are few: pictures of which a copy
+    detector knows that nobody copied them.
+    """
 
     held_out: Real
-    train: Real
+    known_new: Real
     train_set: ShardDataset
     val_set: ShardDataset
+    class_field: str | None
+
+    def train(self) -> Real:
+        """4,096 training pictures, or as many as are held out where those are more; all of a small set."""
+        count = min(max(TRAIN_PICTURES, len(self.held_out.pictures)), len(self.train_set))
+        with Progress("reading training pictures", count) as progress:
+            return _read(self.train_set, count, self.class_field, progress)
 
 
 def open_real(options: ShardData, divisor: int, pictures: int, class_field: str | None) -> RealData:
-    """The first `pictures` held-out samples of a run's data, and up to 4,096 of the training samples.
+    """The first `pictures` held-out samples of a run's data.
 
     Args:
         options: of the run's data.
@@ -95,16 +117,22 @@ def open_real(options: ShardData, divisor: int, pictures: int, class_field: str 
         train_set, val_set = plain.open(_SEED, divisor=divisor, records=True)
     except ValueError as error:
         raise DataError(f"data: {error}") from None
-    if len(val_set) < 2:
+    if len(val_set) < FEWEST:
         raise DataError(
-            f"{options.shards}: {len(val_set)} samples are held out, and two is the least to compare with; "
-            "hold out more with data.val_fraction when you train"
+            f"{options.shards}: {len(val_set)} samples are held out, but {FEWEST} is the least to compare "
+            "with; hold out more with data.val_fraction when you train"
         )
-    total = min(pictures, len(val_set)) + min(TRAIN_PICTURES, len(train_set))
-    with Progress("reading real pictures", total) as progress:
-        held_out = _read(val_set, min(pictures, len(val_set)), class_field, progress)
-        train = _read(train_set, min(TRAIN_PICTURES, len(train_set)), class_field, progress)
-    return RealData(held_out, train, train_set, val_set)
+    count = min(max(pictures, KNOWN_NEW), len(val_set))
+    with Progress("reading held-out pictures", count) as progress:
+        known_new = _read(val_set, count, class_field, progress)
+    return RealData(known_new.first(pictures), known_new, train_set, val_set, class_field)
+
+
+def read_suite(path: Path, count: int) -> tuple[list[Ask], str]:
+    """`count` prompts of a suite, evenly over its categories, and its file's format; raises DataError."""
+    suite = read_prompts(path)
+    asks = [Ask(clean(p.text, f"prompt {p.id}"), p.category, p.record) for p in suite.sampled(count)]
+    return asks, suite.format
 
 
 def _read(dataset: ShardDataset, count: int, class_field: str | None, progress: Progress) -> Real:

@@ -31,8 +31,8 @@ CARD, FEATURES = "card.json", "features.safetensors"
 #: Kind of figure -> the keys of `Card.measured` that must be the same for such figures to be compared.
 NEEDS: dict[str, tuple[str, ...]] = {
     "distance": (
-        *("metrics_version", "pictures", "prompts_sha256", "features", "features_sha256", "resize"),
-        *("reference_pictures", "reference_sha256"),
+        *("metrics_version", "distance_pictures", "prompts_sha256", "features", "features_sha256", "resize"),
+        "reference_sha256",
     ),
     "adherence": ("metrics_version", "pictures", "prompts_sha256", "scorer", "scorer_sha256"),
     "variety": (
@@ -40,8 +40,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
         *("features", "features_sha256", "resize", "train_pictures", "train_sha256"),
     ),
     "memorization": (
-        *("metrics_version", "pictures", "prompts_sha256", "features", "features_sha256", "resize"),
-        "train_dataset",
+        *("metrics_version", "memorization_pictures", "prompts_sha256", "features", "features_sha256"),
+        *("resize", "known_new_sha256", "index"),
     ),
 }
 #: Settings of the sampler, which a strict comparison wants equal as well; else they are shown.
@@ -81,7 +81,7 @@ class Card:
 
 
 def kind_of(metric: str) -> str:
-    """The kind of a figure, a key of `NEEDS`: what its name begins with, and else a distance."""
+    """The kind of a figure, a key of `NEEDS`: the word that its name begins with, and else a distance."""
     return next((kind for kind in NEEDS if metric.split("_")[0] == kind), "distance")
 
 

@@ -45,6 +45,9 @@ def write_page(
         sections.append(section("Real pictures of the same prompts", sheet))
     if measured.variety is not None:
         sections += _sameness(measured.variety, made.varied)
+    if measured.copies is not None:
+        words = "Each made picture stands before the training picture that it copies."
+        sections.append(section("Copies of training pictures", measured.copies, words))
     if "reference" in measured.features:
         sections.append(_map(measured.features["made"], measured.features["reference"]))
     if measured.categories:
@@ -63,15 +66,17 @@ def _figures(metrics: Mapping[str, float]) -> str:
     """A table of each figure, its floor and its standard error, a heading for each kind."""
     rows, before = [], ""
     for name, value in metrics.items():
-        if name.endswith(("_floor", "_se")):
+        if name.endswith(("_floor", "_se", "_real")):
             continue
         if kind_of(name) != before:
             before = kind_of(name)
-            rows.append(f"<tr><th>{before}</th><th></th><th>floor</th><th>standard error</th></tr>")
-        beside = [metrics.get(f"{name}_{what}") for what in ("floor", "se")]
+            rows.append(f"<tr><th>{before}</th><th></th><th>floor or real</th><th>standard error</th></tr>")
+        beside = [metrics.get(f"{name}_floor", metrics.get(f"{name}_real")), metrics.get(f"{name}_se")]
         shown = "".join(f"<td>{'' if each is None else f'{each:.4g}'}</td>" for each in (value, *beside))
         rows.append(f"<tr><td>{html.escape(name)}</td>{shown}</tr>")
-    told = "The floor is what training pictures measure in place of the made ones."
+    told = (
+        "A floor is what training pictures measure in place of the made ones; real ones are beside the rest."
+    )
     return f"<h2>Figures</h2><p>{told}</p><table>{''.join(rows)}</table>"
 
 

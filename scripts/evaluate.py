@@ -31,24 +31,37 @@ from conf.schema import make, plain
 from data.datamodule import ShardData
 from data.pictures import Look
 from data.progress import Progress
-from evaluation.adherence import AdherenceJudge
-from evaluation.asks import Ask, RealData, file_sha256, is_landscape, open_real, prompts_sha256, varied
+from evaluation.asks import FEWEST as LEAST
+from evaluation.asks import (
+    Ask,
+    Real,
+    RealData,
+    file_sha256,
+    open_real,
+    prompts_sha256,
+    read_suite,
+    varied,
+)
 from evaluation.card import METRICS_VERSION, Card, write_card, write_features
 from evaluation.card_page import write_page
 from evaluation.code import code_version
 from evaluation.diversity import FEWEST
-from evaluation.features import FeatureNetwork, judge_features, open_features
 from evaluation.folder import PICTURES, RUN, await_pictures, await_request, begin, rank, write_json
 from evaluation.gallery import Work, fill
+from evaluation.judges import Judges, open_judges
 from evaluation.measure import (
     Made,
     Measured,
     joined,
     measure_adherence,
     measure_distances,
+    measure_memorization,
+    measure_retrieval,
     measure_variety_of,
 )
-from evaluation.report import find_judge
+from evaluation.memorization import OF
+from evaluation.picture_index import PictureIndex
+from evaluation.request import too_long
 from models.checkpoint import newest
 from models.loading import load_pipeline
 from models.pipeline import Pipeline
@@ -57,7 +70,7 @@ from models.sampling import Job, Sampling
 from models.stages.launch import launch, stay_with_parent
 
 #: Keys that say how and where to compute, not what.
-_HOW = ("out", "devices", "device", "batch_size", "nice", "overwrite", "debug")
+_HOW = ("out", "index", "devices", "device", "batch_size", "nice", "overwrite", "debug")
 
 
 @dataclass(frozen=True)
@@ -87,23 +100,34 @@ def evaluate(config: DictConfig) -> None:
     checkpoint = open_checkpoint(Path(values["checkpoint"]), choose_device(values["device"]))
     sampling, made_by = choose_sampling(values, checkpoint)
     name = request_name(values, made_by)
+    values["index"] = values["index"] or str(checkpoint.home / "evaluation" / "index")
     out = Path(values["out"] or checkpoint.home / "evaluation" / f"{checkpoint.name}-{name[:8]}")
     if rank():
         await_request(out, name)
     real = open_data(values, checkpoint)
-    asks, of_prompts = choose_asks(values, real)
+    asks, origin = choose_asks(values, real)
     chosen = varied(asks, values["variety"]["prompts"])
     work = make_work(checkpoint, sampling, made_by, [*asks, *repeated(values, chosen)])
     if rank():
         fill(work, out / PICTURES, values["batch_size"])
         return
-    network = choose_features(values, checkpoint)
-    told = {**of_prompts, **describe_asks(asks, chosen, values), **describe_real(real), **network_of(network)}
+    train, judge = real.train(), values["judge"]
+    judges = open_judges(
+        values["features"],
+        values["features_file"],
+        values["scorer"],
+        checkpoint.home.parent,
+        judge and Path(judge),
+        train,
+    )
+    told = {"prompts": origin, **describe_asks(asks, chosen, values), **describe_real(real, train)}
+    told |= judges.described
     begin(out, {"request": name, **told, **made_by}, values["overwrite"])
+    warn(too_long(work))
     fill(work, out / PICTURES, values["batch_size"])
     pictures = await_pictures(work, out / PICTURES)
     made = Made(asks, pictures[: len(asks)], chosen, pictures[len(asks) :], values["variety"]["seeds"])
-    measured = measure(values, checkpoint, network, made, real)
+    measured = measure(values, judges, made, real, train)
     sha256 = write_features(out, measured.features)
     card = Card(measured.metrics, {**told, **measured.by}, made_by, tuple(measured.alarms), sha256)
     reference = real.held_out if values["prompts"] is None else None
@@ -121,7 +145,7 @@ def check(values: Mapping[str, Any]) -> None:
     if values["checkpoint"] is None:
         raise ConfigError("checkpoint is not set; give a run's folder, such as checkpoint=runs/landscapes")
     limits = {
-        "pictures": (2, 1_000_000), "batch_size": (1, 4_096), "devices": (1, 256), "nice": (0, 19)
+        "pictures": (LEAST, 1_000_000), "batch_size": (1, 4_096), "devices": (1, 256), "nice": (0, 19)
     }  # fmt: skip
     for key, (least, most) in limits.items():
         if not least <= values[key] <= most:
@@ -238,12 +262,25 @@ def rendered(run: Mapping[str, Any], resolution: int) -> Path:
         return Path(data_set.write(resolution, torch.get_num_threads(), progress.advance))
 
 
-def choose_asks(values: Mapping[str, Any], real: RealData) -> tuple[tuple[Ask, ...], dict[str, Any]]:
-    """The prompts, and the card's words for where they are from."""
-    if len(real.held_out.asks) < values["pictures"]:
-        count = len(real.held_out.asks)
-        print(f"{count:,} samples are held out, so so many pictures are made and not {values['pictures']:,}")
-    return real.held_out.asks, {"prompts": "held-out captions"}
+def choose_asks(values: Mapping[str, Any], real: RealData) -> tuple[Sequence[Ask], str]:
+    """The prompts, and what they are from: captions of held-out samples, or a file of prompts."""
+    asks: Sequence[Ask] = real.held_out.asks
+    origin = "held-out captions"
+    if values["prompts"] is not None:
+        if any(ask.before is not None for ask in asks):
+            raise ConfigError("prompts: this checkpoint edits pictures, which prompts alone do not give")
+        asks, origin = read_suite(Path(values["prompts"]), values["pictures"])
+    if len(asks) < values["pictures"]:
+        warn(
+            f"there are {len(asks):,} prompts, so {len(asks):,} pictures are made, not {values['pictures']:,}"
+        )
+    return asks, origin
+
+
+def warn(text: str) -> None:
+    """Says something beside the results, if anything, once for all processes."""
+    if text and not rank():
+        print(f"evaluate.py: {text}", file=sys.stderr)
 
 
 def repeated(values: Mapping[str, Any], chosen: Sequence[Ask]) -> list[Ask]:
@@ -264,29 +301,30 @@ def make_work(
 # --- what is measured ---------------------------------------------------------------------------------------
 
 
-def choose_features(values: Mapping[str, Any], checkpoint: Checkpoint) -> FeatureNetwork:
-    """The network whose features are compared."""
-    if values["features"] == "judge":
-        return judge_features(choose_judge(values, checkpoint))
-    return open_features(values["features"], Path(values["features_file"]))
-
-
-def choose_judge(values: Mapping[str, Any], checkpoint: Checkpoint) -> AdherenceJudge:
-    """The judge of landscapes, trained where there is none yet."""
-    return find_judge(Path(values["judge"] or checkpoint.home.parent / "judge"))
-
-
-def measure(
-    values: Mapping[str, Any], checkpoint: Checkpoint, network: FeatureNetwork, made: Made, real: RealData
-) -> Measured:
+def measure(values: Mapping[str, Any], judges: Judges, made: Made, real: RealData, train: Real) -> Measured:
     """All figures that there are for these prompts."""
-    parts = []
-    if values["prompts"] is None:
-        parts.append(measure_distances(network, made, real.held_out, real.train))
-    if all(is_landscape(ask.record) for ask in made.asks):
-        parts.append(measure_adherence(choose_judge(values, checkpoint), made))
+    parts, held_out, given = [], real.held_out, values["prompts"] is not None
+    if not given:
+        parts.append(measure_distances(judges.network, made, held_out, train))
+    if judges.scorer is not None:
+        parts.append(measure_adherence(judges.scorer, made, None if given else held_out.pictures))
+    if judges.tower is not None:
+        parts.append(measure_retrieval(judges.tower, made))
     if made.varied_asks:
-        parts.append(measure_variety_of(network, made, real.train))
+        parts.append(measure_variety_of(judges.network, made, train))
+    if values["memorization"]:
+        index = PictureIndex.build(
+            real.train_set.views,
+            judges.network,
+            Path(values["index"]),
+            train.pictures.shape[-1],
+            real.train_set.reader.cache,
+        )
+        total = len(real.known_new.pictures) + min(len(made.pictures), OF)
+        with Progress("looking for copies", total) as progress:
+            parts.append(
+                measure_memorization(judges.network, made, real.known_new.pictures, index, progress.update)
+            )
     return joined(parts)
 
 
@@ -302,21 +340,17 @@ def describe_asks(asks: Sequence[Ask], chosen: Sequence[Ask], values: Mapping[st
     }
 
 
-def describe_real(real: RealData) -> dict[str, Any]:
+def describe_real(real: RealData, train: Real) -> dict[str, Any]:
     """The card's words for the real pictures."""
     return {
         "reference_pictures": len(real.held_out.pictures),
         "reference_sha256": real.held_out.sha256,
+        "known_new_sha256": real.known_new.sha256,
         "reference_dataset": real.val_set.fingerprint(),
-        "train_pictures": len(real.train.pictures),
-        "train_sha256": real.train.sha256,
+        "train_pictures": len(train.pictures),
+        "train_sha256": train.sha256,
         "train_dataset": real.train_set.fingerprint(),
     }
-
-
-def network_of(network: FeatureNetwork) -> dict[str, Any]:
-    """The card's words for the feature network."""
-    return {"features": network.name, "features_sha256": network.sha256, "resize": network.resize}
 
 
 def summary(checkpoint: Checkpoint, card: Card) -> str:
@@ -326,9 +360,13 @@ def summary(checkpoint: Checkpoint, card: Card) -> str:
         parts.append(f"FD {figures['fd']:.2f} (floor {figures['fd_floor']:.2f})")
     if "adherence_all" in figures:
         parts.append(f"adherence {figures['adherence_all']:.1%}")
+    if "adherence_retrieved" in figures:
+        parts.append(f"prompts found again {figures['adherence_retrieved']:.1%}")
     if "variety_different" in figures:
         real, seeds = figures["variety_different_real"], card.measured["variety_seeds"]
         parts.append(f"{figures['variety_different']:.1f} of {seeds} different (real {real:.1f})")
+    if "memorization_copies" in figures:
+        parts.append(f"{figures['memorization_copies']:.0f} copies of training pictures")
     parts += list(card.alarms)
     told, count = ", ".join(parts), card.measured["pictures"]
     return f"{checkpoint.home.name} at {checkpoint.name}: {told}; {count:,} pictures"

@@ -1,0 +1,96 @@
+"""What looks at the pictures of an evaluation: a feature network, and a scorer of what was asked for.
+
+Networks of our own are trained where they are missing, on renders or on the run's training pictures, and kept
+for the next evaluation; all others are read from a local file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.progress import Progress
+from evaluation.adherence import AdherenceJudge
+from evaluation.asks import Real
+from evaluation.features import FeatureNetwork, judge_features, open_features
+from evaluation.report import find_judge
+from evaluation.retrieval import TextImageTower, TowerScorer
+from evaluation.scorers import AdherenceScorer, Scorer
+from evaluation.tower import SmallTower, load_tower, save_tower, train_tower
+from models.checkpoint import CheckpointError
+from models.registry import ConfigError, did_you_mean
+
+#: Who tells whether a picture shows its prompt.
+SCORERS = ("auto", "judge", "tower", "none")
+_STEPS = 600
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks of one evaluation; `described` is the card's words for them.
+
+    Args:
+        network: whose features are compared.
+        scorer: of pictures and prompts; None scores nothing.
+        tower: that the scorer asks, where it is one that embeds texts and pictures.
+        described: names and hashes.
+    """
+
+    network: FeatureNetwork
+    scorer: Scorer | None
+    tower: TextImageTower | None
+    described: dict[str, Any]
+
+
+def open_judges(
+    features: str, features_file: str | None, scorer: str, folder: Path, judge: Path | None, train: Real
+) -> Judges:
+    """The networks that are asked for.
+
+    Args:
+        features: "judge", or another name that `evaluation.features` knows, with its `features_file`.
+        features_file: see `features`.
+        scorer: one of `SCORERS`; "auto" is the judge for landscapes and the tower for all else.
+        folder: where networks of our own are kept.
+        judge: the judge's folder; None is `judge` in `folder`.
+        train: training pictures, which the tower is trained on.
+
+    Raises:
+        ConfigError: an unknown name.
+        CheckpointError: a file that cannot be read.
+    """
+    if scorer not in SCORERS:
+        raise ConfigError(
+            f"scorer is '{scorer}', but must be one of {', '.join(SCORERS)}" + did_you_mean(scorer, SCORERS)
+        )
+    if scorer == "auto":
+        scorer = "judge" if train.is_landscapes else "tower"
+    landscapes = find_judge(judge or folder / "judge") if "judge" in (features, scorer) else None
+    network = _network(features, features_file, landscapes)
+    described = {"features": network.name, "features_sha256": network.sha256, "resize": network.resize}
+    if scorer == "none":
+        return Judges(network, None, None, described)
+    if landscapes is not None and scorer == "judge":
+        described |= {"scorer": "judge", "scorer_sha256": judge_features(landscapes).sha256}
+        return Judges(network, AdherenceScorer(landscapes), None, described)
+    tower = find_tower(folder / f"tower-{train.sha256[:8]}", train)
+    described |= {"scorer": tower.name, "scorer_sha256": tower.sha256}
+    return Judges(network, TowerScorer(tower), tower, described)
+
+
+def _network(name: str, file: str | None, judge: AdherenceJudge | None) -> FeatureNetwork:
+    if file is None:
+        assert judge is not None
+        return judge_features(judge)
+    return open_features(name, Path(file))
+
+
+def find_tower(folder: Path, train: Real) -> SmallTower:
+    """The tower kept in `folder`; trained on `train` and put there where there is none that can be used."""
+    try:
+        return load_tower(folder)
+    except CheckpointError:
+        with Progress("training a tower of texts and pictures, steps of", _STEPS) as progress:
+            texts = [ask.text for ask in train.asks]
+            tower = train_tower(train.pictures, texts, steps=_STEPS, progress=progress.update)
+        save_tower(tower, folder)
+        return tower
