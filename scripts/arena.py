@@ -199,13 +199,15 @@ def serve(args: argparse.Namespace) -> None:
     from web.server import Server, listen
     from web.voting import Voting
 
+    if not 0 <= args.port <= 65_535:
+        raise ConfigError(f"--port is {args.port}, but must be from 0 (a free one) to 65535")
     with ArenaStore.open(args.arena) as store:
         _check_servable(args.arena, store)
         try:
             listener = listen(args.host, args.port)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ConfigError(
-                f"{args.host}:{args.port} cannot be listened on ({getattr(error, 'strerror', '') or error}); "
+                f"{args.host}:{args.port} cannot be listened on ({error.strerror}); "
                 "end what listens there, or give another --port"
             ) from None
         with closing(listener):

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -83,8 +82,6 @@ class Server:
             await self._server.serve([self.listener])
         finally:
             watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
 
     async def _close_idle(self) -> None:
         """Closes connections on which nothing was asked for too long, or only the beginning of something."""

@@ -327,6 +327,8 @@ def rebuild(folder: Path) -> int:
     The old one is kept as `arena.db.old`. The votes count as before; entrants, prompts and pictures are to be
     made again. Raises DataError where votes.jsonl is not whole.
     """
+    if not (folder / "votes.jsonl").is_file():
+        raise DataError(f"{folder}: there is no votes.jsonl here to take votes from")
     rows = read_ledger(folder / "votes.jsonl")
     lock = take_lock(folder)
     try:
