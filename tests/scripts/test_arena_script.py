@@ -286,7 +286,9 @@ class Voters(threading.Thread):
         try:
             while True:
                 browser = Browser(self.port)
-                browser.enter(self.token)
+                if browser.enter(self.token).status == 429:
+                    time.sleep(0.05)  # so many newcomers from one address have to wait
+                    continue
                 pair = browser.get("/api/arena/next").json()["pair"]
                 while pair is not None:
                     answer = browser.post("/api/arena/vote", {"token": pair["token"], "outcome": "left"})
