@@ -265,7 +265,7 @@ def served(folder: Path, port: int) -> Iterator[tuple["subprocess.Popen[str]", s
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            found = re.fullmatch(rf"http://127\.0\.0\.1:{port}/\?token=(\S+)\n", line)
+            found = re.fullmatch(re.escape(f"http://127.0.0.1:{port}/?token=") + r"(\S+)\n", line)
             assert found, (line, process.stderr.read() if process.stderr else "")
             yield process, found[1]
         finally:
