@@ -3,23 +3,25 @@
 Two distances: that of features, and that of blurred thumbnails at the best of 100 shifts and both
 orientations. That a picture is near says little by itself: two calm seas at noon look alike, and nobody
 copied. What tells is the gap: how much nearer a picture is to its training picture than either of them is to
-any other training picture, in a geometric mean of both distances in which pixels weigh three quarters
+any other real picture, in a geometric mean of both distances in which pixels weigh three quarters
 (Carlini et al. 2023, arXiv 2301.13188, sec. 4.2, divide by the distance to neighbours for the same reason).
+Other real pictures are the rest of the training pictures and the held-out ones, so that a training set of
+eight pictures can be told from the many that are possible.
 A copy has a gap of about a half or less, a picture of its own about 1.
 
 How small a gap must be is calibrated on pictures that nobody can have copied: held-out real ones. Their gaps
 give the lower tail, and the threshold lies where 256 such pictures would raise 0.05 false alarms.
 
     index = PictureIndex.build([train_view], network, folder, resolution=64)
-    threshold = calibrate(held_out, network, index)
-    found = find_copies(made, network, index, threshold)
+    calibration = calibrate(held_out, network, index)
+    found = find_copies(made, network, index, calibration)
     found.copies[0].by_pixels.place.key, copies_sheet(found, made, index).save("copies.png")
 
 Numbers are functions of the pictures and the index, not of order or threads: pixels are summed in integers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,10 +33,9 @@ from torch import Tensor
 
 from evaluation.features import FeatureNetwork
 from evaluation.picture_index import PictureIndex, Place, Traits, look
+from evaluation.pixel_distance import pixel_distances
 from evaluation.report import contact_sheet
 
-#: Pixels of a thumbnail that a copy may be shifted by, in each direction: a sixteenth of its side.
-SHIFT = 2
 #: Candidates by each of: features, features mirrored, thumbnails, thumbnails mirrored.
 CANDIDATES = 10
 #: False alarms that the threshold allows in 256 pictures of a model that copies nothing.
@@ -48,8 +49,8 @@ _TAIL, _LEAKED = 0.1, 0.25
 #: What pixels weigh in the gap; features tell less of copies, since most networks learn to ignore details.
 _PIXELS = 0.75
 _TINY = 1e-9
-#: Queries that are compared with a portion at once, and pairs of thumbnails; for memory alone.
-_QUERIES, _PAIRS = 256, 512
+#: Queries that are compared with a portion at once; for memory alone.
+_QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The `threshold`, and the traits of the held-out pictures `real`, which others are compared with too."""
+
+    threshold: Threshold
+    real: Traits
+
+
+@dataclass(frozen=True)
 class Memorization:
     """A match for each picture, the smallest gap first, and the threshold."""
 
@@ -124,7 +133,7 @@ def calibrate(
     network: FeatureNetwork,
     index: PictureIndex,
     progress: Callable[[int], None] | None = None,
-) -> Threshold:
+) -> Calibration:
     """The threshold from the gaps of real pictures `held_out` uint8 `[M 3 H W]` that are not in the index.
 
     The logarithms of the lowest tenth of the gaps fall off exponentially below that quantile; where the fit
@@ -140,8 +149,9 @@ def calibrate(
     Raises:
         ValueError: too few pictures.
     """
-    gaps = sorted(match.gap for match in _matches(held_out, network, index, 0.0, progress))
-    return threshold_of(gaps)
+    real = look(held_out, network)
+    matches = _matches(held_out, network, _Search(index, real), 0.0, progress, held_out=True)
+    return Calibration(threshold_of([match.gap for match in matches]), real)
 
 
 def threshold_of(gaps: Sequence[float]) -> Threshold:
@@ -165,7 +175,7 @@ def find_copies(
     pictures: Tensor,
     network: FeatureNetwork,
     index: PictureIndex,
-    threshold: Threshold,
+    calibration: Calibration,
     progress: Callable[[int], None] | None = None,
 ) -> Memorization:
     """The nearest training pictures of `pictures` uint8 `[N 3 H W]`, the most copied first.
@@ -174,10 +184,11 @@ def find_copies(
         pictures: made by the model.
         network: that of the index.
         index: of the training pictures.
-        threshold: as `calibrate` gives it, on the same index.
+        calibration: as `calibrate` gives it, on the same index.
         progress: called with the number of pictures that are done.
     """
-    matches = _matches(pictures, network, index, threshold.gap, progress)
+    threshold, search = calibration.threshold, _Search(index, calibration.real)
+    matches = _matches(pictures, network, search, threshold.gap, progress)
     return Memorization(tuple(sorted(matches, key=lambda match: (match.gap, match.picture))), threshold)
 
 
@@ -199,64 +210,34 @@ def copies_sheet(
     return contact_sheet(torch.stack(images), captions) if images else None
 
 
-def pixel_distances(one: Tensor, others: Tensor) -> Tensor:
-    """Distances float64 `[K]` of a thumbnail uint8 `[3 S S]` to others `[K 3 S S]`: 0 same, 1 unrelated.
-
-    All are blurred over 5 pixels, as a model's autoencoder blurs. The middle of the one, and of its mirror
-    image, is laid on the others at shifts of up to `SHIFT` pixels in steps of a half: the least
-    |a - b| / sqrt(|a|^2 + |b|^2), a and b without their means in each colour, so that a tint is no
-    difference. Sums are of integers and exact.
-    """
-    both = torch.stack([one, one.flip(-1)])
-    ways = torch.cat([_blurred(both, down, right) for down in (False, True) for right in (False, True)])
-    side = ways.shape[-1] - 2 * SHIFT
-    middles = ways[:, :, SHIFT : SHIFT + side, SHIFT : SHIFT + side]
-    area, sums = side * side, middles.sum((2, 3))
-    # All of these are `area` times a sum of squares about the means, and whole numbers far below 2^53.
-    power = area * middles.square().sum((1, 2, 3)) - sums.square().sum(1)
-    found = []
-    for some in others.split(_PAIRS):
-        theirs = _blurred(some)
-        total = F.avg_pool2d(theirs, side, 1, divisor_override=1)
-        squares = F.avg_pool2d(theirs.square(), side, 1, divisor_override=1)
-        powers = power[:, None, None] + (area * squares - total.square()).sum(1, keepdim=True)
-        products = area * F.conv2d(theirs, middles) - (sums[:, :, None, None] * total[:, None]).sum(2)
-        ratio = (powers - 2 * products).clamp(min=0) / powers.clamp(min=1)
-        found.append(ratio.amin((1, 2, 3)).sqrt())
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
-
-
-def _blurred(pictures: Tensor, down: bool = False, right: bool = False) -> Tensor:
-    """Sums over 5 x 5 pixels, float64 `[N 3 S-5 S-5]`, of `pictures`; half a pixel further down or right."""
-    sums = F.avg_pool2d(pictures.double(), 5, 1, divisor_override=1)
-    sums = sums[..., :-1, :] + (sums[..., 1:, :] if down else sums[..., :-1, :])
-    return sums[..., :-1] + (sums[..., 1:] if right else sums[..., :-1])
-
-
 def _matches(
     pictures: Tensor,
     network: FeatureNetwork,
-    index: PictureIndex,
+    search: "_Search",
     threshold: float,
     progress: Callable[[int], None] | None,
+    held_out: bool = False,
 ) -> list[Match]:
-    """A match of each picture, in their order."""
+    """A match of each picture, in their order; `held_out` ones are those of `search`, but not their own."""
     made, mirrored = look(pictures, network), network.features(pictures.flip(-1))
-    threads = torch.get_num_threads()
+    threads, index = torch.get_num_threads(), search.index
     torch.set_num_threads(1)
     try:
-        near = _candidates(index, made, [made.features, mirrored])
-        pool = _Pool(index, near)
+        near, beside = search.candidates(made, [made.features, mirrored])
+        if held_out:
+            beside = [[n for n in each if n != len(index) + i] for i, each in enumerate(beside)]
+        pool = _Pool(search, near)
         nearest = [pool.nearest(made.take([i]), mirrored[i], numbers) for i, numbers in enumerate(near)]
         chosen = sorted({by_pixels for by_pixels, _ in nearest})
         traits = pool.take(chosen)
-        around = dict(zip(chosen, _candidates(index, traits, [traits.features]), strict=True))
-        pool = _Pool(index, [*near, *around.values()])
+        both = zip(*search.candidates(traits, [traits.features]), strict=True)
+        around = {number: [*one, *other] for number, (one, other) in zip(chosen, both, strict=True)}
+        pool = _Pool(search, [*near, *beside, *around.values()])
         matches = []
         for i, (by_pixels, by_features) in enumerate(nearest):
-            gap, pixels, features = pool.gap(
-                made.take([i]), mirrored[i], near[i], by_pixels, around[by_pixels], by_features
-            )
+            others = {*near[i], *beside[i], *around[by_pixels]} - {by_pixels, *([len(index) + i] * held_out)}
+            picture = made.take([i]), mirrored[i]
+            gap, pixels, features = pool.gap(*picture, by_pixels, by_features, sorted(others))
             one = Neighbour(by_pixels, index.place(by_pixels), pixels)
             other = Neighbour(by_features, index.place(by_features), features)
             matches.append(Match(i, one, other, gap, gap < threshold))
@@ -267,16 +248,43 @@ def _matches(
         torch.set_num_threads(threads)
 
 
-def _candidates(index: PictureIndex, traits: Traits, features: Sequence[Tensor]) -> list[list[int]]:
-    """The numbers of the training pictures nearest to each, by thumbnails, mirrored too, and by features.
+class _Search:
+    """The pictures that are searched: those of an index, and numbered after them held-out ones, `real`."""
 
-    They rise. `features` `[Q D]` are those to search by. Only what is found here is compared exactly.
-    """
+    def __init__(self, index: PictureIndex, real: Traits) -> None:
+        self.index = index
+        self.real = real
+
+    def traits(self, numbers: Sequence[int]) -> Traits:
+        """The traits of some pictures, whose numbers rise."""
+        inside = [number for number in numbers if number < len(self.index)]
+        held_out = self.real.take([number - len(self.index) for number in numbers[len(inside) :]])
+        if not inside:
+            return held_out
+        found = self.index.traits(inside)
+        thumbnails = torch.cat([found.thumbnails, held_out.thumbnails])
+        return Traits(torch.cat([found.features, held_out.features]), thumbnails)
+
+    def candidates(
+        self, traits: Traits, features: Sequence[Tensor]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """The numbers, rising, of the training pictures and of the held-out ones nearest to each.
+
+        By thumbnails, mirrored too, and by features; `features` `[Q D]` are those to search by. Only what is
+        found here is compared exactly.
+        """
+        held_out = [(len(self.index), self.real)]
+        return _nearest(self.index.portions(), traits, features), _nearest(held_out, traits, features)
+
+
+def _nearest(
+    portions: Iterable[tuple[int, Traits]], traits: Traits, features: Sequence[Tensor]
+) -> list[list[int]]:
     probes = [(each, False) for each in features]
     probes += [(_coarse(each), True) for each in (traits.thumbnails, traits.thumbnails.flip(-1))]
     best = [torch.full((len(traits), 0), -math.inf) for _ in probes]
     numbers = [torch.zeros(len(traits), 0, dtype=torch.int64) for _ in probes]
-    for start, portion in index.portions():
+    for start, portion in portions:
         coarse = _coarse(portion.thumbnails)
         for k, (probe, by_thumbnails) in enumerate(probes):
             rows = coarse if by_thumbnails else portion.features
@@ -298,10 +306,10 @@ def _coarse(thumbnails: Tensor) -> Tensor:
 class _Pool:
     """The traits of all candidates, and the distances of a picture to some of them."""
 
-    def __init__(self, index: PictureIndex, candidates: Sequence[Sequence[int]]) -> None:
+    def __init__(self, search: _Search, candidates: Sequence[Sequence[int]]) -> None:
         numbers = sorted({number for each in candidates for number in each})
         self._row = {number: row for row, number in enumerate(numbers)}
-        self._traits = index.traits(numbers)
+        self._traits = search.traits(numbers)
 
     def take(self, numbers: Sequence[int]) -> Traits:
         return self._traits.take([self._row[number] for number in numbers])
@@ -321,22 +329,15 @@ class _Pool:
         return numbers[int(pixels.argmin())], numbers[int(features.argmin())]
 
     def gap(
-        self,
-        made: Traits,
-        mirrored: Tensor,
-        near: Sequence[int],
-        chosen: int,
-        around: Sequence[int],
-        by_features: int,
+        self, made: Traits, mirrored: Tensor, chosen: int, by_features: int, candidates: Sequence[int]
     ) -> tuple[float, float, float]:
         """(gap to the `chosen` one, distance to it by pixels, distance by features to `by_features`).
 
-        `near` are candidates of the picture and `around` those of the chosen one.
+        `candidates` are other real pictures near the picture or near the chosen one.
         """
         real = self.take([chosen])
-        union = sorted({*near, *around} - {chosen})
-        between = self.pixels(real, union)
-        others = [number for number, far in zip(union, between.tolist(), strict=True) if far >= TWIN]
+        between = self.pixels(real, candidates)
+        others = [number for number, far in zip(candidates, between.tolist(), strict=True) if far >= TWIN]
         both = [made.features[0], mirrored]
         pixels = float(self.pixels(made, [chosen])[0])
         features = float(self.features(both, [chosen])[0])

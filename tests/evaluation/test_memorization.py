@@ -20,13 +20,11 @@ from data.landscapes import Scene, Terrain, Time, draw_scene, encode, render
 from data.writer import write_shard
 from evaluation.features import PortionedFeatures
 from evaluation.memorization import (
-    SHIFT,
+    Calibration,
     Memorization,
-    Threshold,
     calibrate,
     copies_sheet,
     find_copies,
-    pixel_distances,
     threshold_of,
 )
 from evaluation.picture_index import PictureIndex, thumbnails
@@ -111,7 +109,7 @@ def index(view: IndexView, tmp_path_factory: pytest.TempPathFactory) -> PictureI
 
 
 @pytest.fixture(scope="module")
-def threshold(index: PictureIndex) -> Threshold:
+def calibration(index: PictureIndex) -> Calibration:
     return calibrate(scenes(2, range(HELD_OUT)), network(), index)
 
 
@@ -124,8 +122,8 @@ def made() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def found(made: Tensor, index: PictureIndex, threshold: Threshold) -> Memorization:
-    return find_copies(made, network(), index, threshold)
+def found(made: Tensor, index: PictureIndex, calibration: Calibration) -> Memorization:
+    return find_copies(made, network(), index, calibration)
 
 
 def test_near_copies_are_found_with_shard_and_key(found: Memorization) -> None:
@@ -137,9 +135,10 @@ def test_near_copies_are_found_with_shard_and_key(found: Memorization) -> None:
         assert match.by_pixels.number == number
 
 
-def test_pictures_of_their_own_raise_no_alarm(found: Memorization, threshold: Threshold) -> None:
+def test_pictures_of_their_own_raise_no_alarm(found: Memorization, calibration: Calibration) -> None:
     own = [match for match in found.matches if match.picture >= 8]
     assert len(own) == OWN
+    threshold = calibration.threshold
     assert min(match.gap for match in own) > threshold.gap
     assert threshold.held_out == HELD_OUT
     assert 0.3 < threshold.gap < threshold.lowest < 1
@@ -157,10 +156,10 @@ def test_the_worst_is_first_and_an_exact_copy_has_no_gap(found: Memorization) ->
 
 
 def test_any_order_of_pictures_gives_the_same_numbers(
-    found: Memorization, made: Tensor, index: PictureIndex, threshold: Threshold
+    found: Memorization, made: Tensor, index: PictureIndex, calibration: Calibration
 ) -> None:
     numbers = [19, 3, 47]
-    again = find_copies(made[numbers], network(), index, threshold)
+    again = find_copies(made[numbers], network(), index, calibration)
     before = {match.picture: match for match in found.matches}
     for match in again.matches:
         same = before[numbers[match.picture]]
@@ -178,56 +177,29 @@ def test_copies_are_shown_beside_what_they_copy(
     assert (read - rendered).abs().mean() < 4  # a JPEG of it
 
 
-def test_a_picture_that_is_in_the_data_twice_can_be_copied_too(tmp_path: Path, threshold: Threshold) -> None:
+def test_a_picture_that_is_in_the_data_twice_can_be_copied_too(
+    tmp_path: Path, calibration: Calibration
+) -> None:
     """The nearest other training picture of a duplicate is the duplicate: it must not hide the copy."""
     samples = [encode(scene(1, number), SIZE) for number in range(60)]
     write_shard(tmp_path / "0.tar", [*samples, ("again", {**samples[20][1], "txt": b"another caption"})])
     doubled = PictureIndex.build(
         [IndexView(Index.open(str(tmp_path)))], network(), tmp_path / "index", SIZE, shown=False
     )
-    (match,) = find_copies(blurred(scenes(1, [20])[0])[None], network(), doubled, threshold).matches
+    (match,) = find_copies(blurred(scenes(1, [20])[0])[None], network(), doubled, calibration).matches
     assert match.copied
     assert match.by_pixels.place.key in (samples[20][0], "again")
 
 
-def test_pixel_distances_are_those_of_the_definition(rng: torch.Generator) -> None:
-    one = torch.randint(0, 256, (3, 12, 12), generator=rng, dtype=torch.uint8)
-    others = torch.randint(0, 256, (5, 3, 12, 12), generator=rng, dtype=torch.uint8)
-    side = 12 - 5 - 2 * SHIFT
-    blurs = [torch.tensor(each).double() / 10 for each in ([2.0, 2, 2, 2, 2, 0], [1.0, 2, 2, 2, 2, 1])]
-    wanted = []
-    for other in others:
-        sharp = other.double().unfold(1, 6, 1).unfold(2, 6, 1)
-        there = torch.einsum("cyxij,i,j->cyx", sharp, blurs[0], blurs[0])
-        ratios = []
-        for way, (vertical, horizontal) in itertools.product(
-            (one, one.flip(-1)), itertools.product(blurs, blurs)
-        ):
-            mine = torch.einsum(
-                "cyxij,i,j->cyx", way.double().unfold(1, 6, 1).unfold(2, 6, 1), vertical, horizontal
-            )
-            a = mine[:, SHIFT : SHIFT + side, SHIFT : SHIFT + side]
-            x = a - a.mean((1, 2), keepdim=True)
-            for down, right in itertools.product(range(2 * SHIFT + 1), repeat=2):
-                b = there[:, down : down + side, right : right + side]
-                y = b - b.mean((1, 2), keepdim=True)
-                ratios.append((x - y).norm() / (x.norm() ** 2 + y.norm() ** 2).sqrt())
-        wanted.append(min(ratios))
-    assert torch.allclose(pixel_distances(one, others), torch.stack(wanted))
-    assert pixel_distances(one, others[:0]).shape == (0,)
-
-
-def test_a_shift_a_mirror_and_a_tint_are_no_distance(rng: torch.Generator) -> None:
-    big = torch.randint(20, 200, (3, 36, 36), generator=rng, dtype=torch.uint8)
-    one = big[:, 2:34, 2:34]
-    same = torch.stack([big[:, 0:32, 4:36], one.flip(-1), one + 30, one])
-    assert pixel_distances(one, same).tolist() == [0, 0, 0, 0]
-    further = F.pad(big, (6, 0, 0, 0))[:, 2:34, 2:34]  # by six, which is too far
-    assert pixel_distances(one, further[None])[0] > 0.5
-    halves = F.avg_pool2d(big.double(), (1, 2), 1)[:, 2:34, 2:34].round().to(torch.uint8)
-    assert 0 < pixel_distances(one, halves[None])[0] < 0.2
-    flat = torch.full((1, 3, 32, 32), 7, dtype=torch.uint8)
-    assert pixel_distances(flat[0], flat).tolist() == [0]
+def test_copies_of_all_there_is_to_copy_are_found(tmp_path: Path) -> None:
+    """Eight training pictures, far from one another: only held-out ones show how near pictures can be."""
+    write_shard(tmp_path / "0.tar", [encode(scene(1, number), SIZE) for number in range(8)])
+    eight = build(IndexView(Index.open(str(tmp_path))), tmp_path / "index", Counting())
+    calibration = calibrate(scenes(2, range(80)), network(), eight)
+    copies = torch.stack([blurred(each) for each in scenes(1, range(8))])
+    found = find_copies(torch.cat([copies, scenes(5, range(24))]), network(), eight, calibration)
+    assert {match.picture for match in found.copies} == set(range(8))
+    assert {match.by_pixels.number for match in found.copies} == set(range(8))
 
 
 def test_the_threshold_is_the_tail_of_the_held_out_gaps() -> None:
