@@ -3,6 +3,7 @@
     images-000096000/
       weights.safetensors  ema.safetensors  optimizer.safetensors  config.json  state.json
       manifest.json        size and SHA-256 of every other file; written last
+                           (several ranks each write their rows: models/checkpoint_shards.py)
     last  best             links to such folders, for people
     best.json              {"folder", "metric", "value"}
 
@@ -44,6 +45,7 @@ from models.checkpoint_folders import (
     superseded,
 )
 from models.checkpoint_folders import best_of as best_of
+from models.checkpoint_shards import LAYOUT, StoredTensors, shard_file
 
 logger = logging.getLogger(__name__)
 
@@ -102,27 +104,56 @@ class Checkpoint:
     def digest(self, names: Sequence[str] = ("weights", "ema", "optimizer")) -> str:
         """SHA-256 over the files of tensors called `names`: one line to compare two runs by.
 
+        Two checkpoints of as many shards compare; so do two of none.
+
         Raises:
             CheckpointError: there is none of such a name.
         """
-        hashes = [f"{name} {self._files[self._path(f'{name}.safetensors').name][1]}\n" for name in names]
+        hashes = [f"{name} {self._files[file][1]}\n" for name in names for file in self._files_of(name)]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of `<name>.safetensors`, on the CPU.
+        """The tensors called `name`, whole and on the CPU, however many shards they were written in.
 
         Raises:
             CheckpointError: there is none, it is of another format, or the folder was removed meanwhile.
         """
-        path = self._path(f"{name}.safetensors")
+        if self.shards == 1:
+            path = self._path(f"{name}.safetensors")
+            try:
+                return load_file(path)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path}: is no safetensors file ({error}); nothing else is read, take another checkpoint"
+                ) from None
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch could not open it
+                raise CheckpointError(f"{path}: can no longer be read ({error})") from None
+        stored = self.stored(name)
+        return {key: stored.whole(key) for key in stored}
+
+    def stored(self, name: str) -> StoredTensors:
+        """The tensors called `name`, of which any rows can be read without the others.
+
+        Raises:
+            CheckpointError: as `tensors`.
+        """
+        self._files_of(name)
         try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: is no safetensors file ({error}); nothing else is read, take another checkpoint"
-            ) from None
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch could not open it
-            raise CheckpointError(f"{path}: can no longer be read ({error})") from None
+            return StoredTensors(self.folder, name, self.document(LAYOUT) if self.shards > 1 else None)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read ({error})") from None
+
+    @property
+    def shards(self) -> int:
+        """In how many files the tensors of a name lie: as many as ranks wrote them."""
+        return int(self.document(LAYOUT)["shards"]) if f"{LAYOUT}.json" in self._files else 1
+
+    def _files_of(self, name: str) -> list[str]:
+        shards = self.shards
+        names = (
+            [shard_file(name, s, shards) for s in range(shards)] if shards > 1 else [f"{name}.safetensors"]
+        )
+        return [self._path(each).name for each in names]
 
     def document(self, name: str) -> dict[str, Any]:
         """The content of `<name>.json`.
@@ -147,7 +178,7 @@ def save_checkpoint(
     images: int,
     tensors: Mapping[str, Tensors],
     documents: Mapping[str, Mapping[str, Any]],
-    retention: Retention = KEEP_TWO,
+    retention: Retention | None = KEEP_TWO,
     best: Best | None = None,
 ) -> Path:
     """The new folder `parent/images-<images>`, complete, read back and renamed into place.
@@ -160,7 +191,7 @@ def save_checkpoint(
         images: training images seen.
         tensors: file name without suffix -> named tensors.
         documents: file name without suffix -> JSON content.
-        retention: which older ones stay.
+        retention: which older ones stay; None for all of them.
         best: given where this one is the best so far.
 
     Raises:
@@ -168,19 +199,51 @@ def save_checkpoint(
             there before is touched.
     """
     target = free_name(parent, images)
-    staging = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
+    staging = staging_of(target)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(parent)
-        staging.mkdir()
-        _stage(staging, tensors, documents)
-        staging.rename(target)
-        fsync(parent)
+        stage_folder(staging)
+        for name, named in tensors.items():
+            write_tensors(staging / f"{name}.safetensors", named)
+        publish(staging, target, documents)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
-            raise OSError(f"{target}: {_why(error, parent, tensors)}") from None
+            raise OSError(f"{target}: {why_unwritten(error, parent, tensors)}") from None
         raise
+    succeed(target, retention, best)
+    return target
+
+
+def staging_of(target: Path) -> Path:
+    """A hidden name beside `target`, under which it is written."""
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
+
+
+def stage_folder(staging: Path) -> None:
+    """Makes the folder in which a checkpoint is written, once what a killed process left is removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(staging.parent)
+    staging.mkdir()
+
+
+def publish(staging: Path, target: Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Adds documents and the manifest of all files to `staging`, and renames it to `target`.
+
+    Raises:
+        OSError: a file cannot be written, or does not read back as it was written.
+    """
+    _finish(staging, documents)
+    staging.rename(target)
+    fsync(target.parent)
+
+
+def succeed(target: Path, retention: Retention | None, best: Best | None) -> None:
+    """Lets `last`, and `best` where given, point to the new folder `target`; removes what is superseded."""
+    parent = target.parent
     point(parent / LAST, target.name)
     try:
         if best is not None:
@@ -188,11 +251,10 @@ def save_checkpoint(
     except OSError as error:
         logger.warning("%s is saved, but could not be marked as the best: %s", target, error)
     try:
-        for older in superseded(target, retention, _verifies):
+        for older in superseded(target, retention, _verifies) if retention is not None else ():
             remove(older)
     except OSError as error:
         logger.warning("%s is saved, but older ones could not be removed: %s", target, error)
-    return target
 
 
 def newest(parent: Path) -> Checkpoint | None:
@@ -301,21 +363,27 @@ def _separate(tensors: Tensors) -> dict[str, Tensor]:
     return separate
 
 
-def _stage(staging: Path, tensors: Mapping[str, Tensors], documents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes all files of a checkpoint into `staging` and to the disk, the manifest last.
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Writes `tensors` to the new file `path` and to the disk, and reads them back.
+
+    Raises:
+        OSError: it cannot be written, or does not read back as it was written.
+    """
+    separate = _separate(tensors)
+    try:
+        save_file(separate, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} could not be written: {error}") from None
+    fsync(path)
+    _require_same(path, separate)
+
+
+def _finish(staging: Path, documents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the documents of a checkpoint into `staging` and to the disk, and the manifest last.
 
     Raises:
         OSError: a file cannot be written, or does not read back as it was written.
     """
-    for name, named in tensors.items():
-        path = staging / f"{name}.safetensors"
-        separate = _separate(named)
-        try:
-            save_file(separate, path)
-        except SafetensorError as error:
-            raise OSError(f"{path.name} could not be written: {error}") from None
-        fsync(path)
-        _require_same(path, separate)
     for name, content in documents.items():
         path = staging / f"{name}.json"
         text = json.dumps(content, indent=2) + "\n"
@@ -354,7 +422,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.flatten().view(whole).equal(other.flatten().view(whole))
 
 
-def _why(error: OSError, parent: Path, tensors: Mapping[str, Tensors]) -> str:
+def why_unwritten(error: OSError, parent: Path, tensors: Mapping[str, Tensors]) -> str:
     """What a failed save says: the reason, the space there is and the space it takes."""
     reason = str(error) if error.errno is None else f"could not be written: {error}"  # None: raised by us
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())

@@ -126,13 +126,25 @@ def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], label: st
     Raises:
         CheckpointError: names or shapes differ; the message lists the first few.
     """
-    mine = network.state_dict()
-    wrong = [f"{k}: missing" for k in mine.keys() - tensors.keys()]
-    wrong += [f"{k}: not in the network" for k in tensors.keys() - mine.keys()]
+    mine, theirs = ({k: tuple(t.shape) for k, t in each.items()} for each in (network.state_dict(), tensors))
+    require_shapes(mine, theirs, label)
+    network.load_state_dict(tensors)
+
+
+def require_shapes(
+    mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], label: str
+) -> None:
+    """Compares names and shapes of a network's tensors, `mine`, with those of a checkpoint, `theirs`.
+
+    Raises:
+        CheckpointError: they differ; the message lists the first few.
+    """
+    wrong = [f"{k}: missing" for k in mine.keys() - theirs.keys()]
+    wrong += [f"{k}: not in the network" for k in theirs.keys() - mine.keys()]
     wrong += [
-        f"{k}: {tuple(tensors[k].shape)} in the checkpoint, {tuple(mine[k].shape)} in the network"
-        for k in mine.keys() & tensors.keys()
-        if mine[k].shape != tensors[k].shape
+        f"{k}: {theirs[k]} in the checkpoint, {mine[k]} in the network"
+        for k in mine.keys() & theirs.keys()
+        if mine[k] != theirs[k]
     ]
     if wrong:
         shown = "; ".join(sorted(wrong)[:3])
@@ -140,7 +152,6 @@ def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], label: st
             f"{label}: the checkpoint is of another shape than the configuration ({len(wrong)} differences: "
             f"{shown}); use the configuration it was trained with, or another run name"
         )
-    network.load_state_dict(tensors)
 
 
 def export(run: Path, target: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import attention
+from models.blocks import Block, attention
 from models.conditioning import Conditioning
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class TextEncoder(nn.Module, ABC):
         return self(self.tokenize(texts).to(next(self.parameters()).device))
 
 
-class TextBlock(nn.Module):
+class TextBlock(Block):
     """Causal self-attention and a GELU feed-forward, each behind a LayerNorm: [B L D]."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -137,7 +137,7 @@ class TextBlock(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
         """The transformed tokens [B L D]; `mask` [L L] is True where a query may see a key."""
         h = self.norm_attention(x)
         query, key, value = (

@@ -15,6 +15,7 @@ import pytest
 JOINS = ("models.registry", "models.pipeline", "models.loading", "models.sampling")
 #: Modules at the root of models/ that no network needs: what builds on networks, and what stores them.
 NOT_NETWORKS = (*JOINS, "models.checkpoint", "models.checkpoint_folders", "models.checkpoint_writer")
+NOT_NETWORKS += ("models.checkpoint_shards",)
 NOT_NETWORKS += ("models.canvas", "models.portions")
 
 #: A zygote is `python train.py` after its imports.

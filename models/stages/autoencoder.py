@@ -15,6 +15,7 @@ from models.stages.guard import Guard
 from models.stages.losses import ReconstructionLoss, psnr_db
 from models.stages.optim import OptimizerSettings
 from models.stages.plan import Plan
+from models.stages.sharded import Sharding, is_spread
 
 
 class AutoencoderStage(LightningModule):
@@ -34,6 +35,7 @@ class AutoencoderStage(LightningModule):
     guard: Guard
     #: The guard computes loss and gradients in portions and applies them.
     automatic_optimization = False
+    sharding: Sharding | None = None
 
     def __init__(
         self,
@@ -60,10 +62,19 @@ class AutoencoderStage(LightningModule):
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
         self.compute = compute
-        compute.place(self.networks)
-        compute.place(self.ema.network)
+        if self.sharding is None:
+            for network in (self.networks, self.ema.network):
+                compute.place(network)
+        compute.set_blocks(self.networks)
         self._encode = compute.wrap(self.autoencoder.encode)
         self._decode = compute.wrap(self.autoencoder.decode)
+
+    def configure_model(self) -> None:
+        """Spreads weights and average over the ranks, if that is how to train and not done yet."""
+        if self.sharding is not None and not is_spread(self.networks):
+            for network in (self.autoencoder, self._averaged()):
+                # It is called by its parts, `encode` and `decode`, which know nothing of each other.
+                self.sharding.spread(network.children())
 
     def training_step(self, batch: Batch, step: int) -> None:
         """Leaves the step to the guard."""

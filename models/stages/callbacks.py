@@ -264,9 +264,9 @@ class Validation(Callback):
         }
         self.measured_at = self.stage.images_seen
         self.metrics.record(trainer, self.figures)
-        if not self.ranks.first:
+        if not self.ranks.first and self.stage.sharding is None:
             return
-        picture = self.show(self.stage.images_seen)
+        picture = self.show(self.stage.images_seen)  # by all ranks where they share the networks
         for logger in trainer.loggers:
             log_image = getattr(
                 logger, "log_image", None

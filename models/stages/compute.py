@@ -11,15 +11,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from models.blocks import Block
 from models.registry import ConfigError
 from models.stages.faults import NotFinite
 
@@ -38,11 +39,12 @@ class Precision(Enum):
 
 
 class Switch(Enum):
-    """On, off, or chosen for the machine."""
+    """On, off, or chosen for the machine; `blocks` compiles each kind of block instead of whole networks."""
 
     auto = "auto"
     on = "on"
     off = "off"
+    blocks = "blocks"
 
 
 class Reduce(Enum):
@@ -58,6 +60,16 @@ class Accelerator(Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Strategy(Enum):
+    """How ranks share a model: with `ddp` (and `auto`) each has all of it, with `fsdp` they share one, with
+    `hsdp` each group of `shards` ranks shares one."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
 
 
 class TrainerOptions:
@@ -77,6 +89,9 @@ class TrainerOptions:
         micro_batch: images whose gradients are a leaf of the tree; 0 is an eighth of the global batch, or
             what comes next to it. The bits depend on it.
         check_ranks_every_images: the processes compare their weights so often; 0 is never.
+        strategy: whether each of them has all of the model or a part.
+        shards: with `strategy=hsdp`, the processes that one model is spread over.
+        checkpoint_activations: whether each block is computed again in the backward pass instead of kept.
         timeout: seconds after which a process that does not answer the others ends the run.
         connect_timeout: the same while the processes meet at the start.
         hang_seconds: without the end of a step until every process writes down where it stands; 0 is never.
@@ -97,6 +112,9 @@ class TrainerOptions:
         reduce: Reduce = Reduce.fast,
         micro_batch: int = 0,
         check_ranks_every_images: int = 10_000,
+        strategy: Strategy = Strategy.auto,
+        shards: int = 0,
+        checkpoint_activations: bool = False,
         timeout: float = 1800.0,
         connect_timeout: float = 300.0,
         hang_seconds: float = 600.0,
@@ -124,6 +142,8 @@ class TrainerOptions:
                 raise ValueError(f"{name} is {seconds}, but must be a positive number of seconds")
         if not (math.isfinite(hang_seconds) and hang_seconds >= 0):
             raise ValueError(f"hang_seconds is {hang_seconds}, but must be 0 or a positive number of seconds")
+        if shards < 0:
+            raise ValueError(f"shards is {shards}, but must be 0 or more")
         if not (math.isfinite(spike_zscore) and spike_zscore >= 0):
             raise ValueError(f"spike_zscore is {spike_zscore}, but must be 0 or a positive number")
         self.accelerator = accelerator
@@ -135,6 +155,9 @@ class TrainerOptions:
         self.reduce = reduce
         self.micro_batch = micro_batch
         self.check_ranks_every_images = check_ranks_every_images
+        self.strategy = strategy
+        self.shards = shards
+        self.checkpoint_activations = checkpoint_activations
         self.timeout = timeout
         self.connect_timeout = connect_timeout
         self.hang_seconds = hang_seconds
@@ -153,6 +176,20 @@ class Compute:
     channels_last: bool
     compiled: bool
     reason: str
+    #: Blocks are compiled instead of whole networks, and computed again in the backward pass.
+    by_block: bool = False
+    recompute: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """What to compute alike takes, as JSON values; without the reason."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "reason"}
+        return values | {"device": self.device.type}
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any], reason: str) -> Self:
+        """What `document` made, on this machine; what an older version did not write is off."""
+        values = {field.name: document[field.name] for field in fields(cls) if field.name in document}
+        return cls(**values | {"device": torch.device(document["device"]), "reason": reason})
 
     def autocast(self) -> AbstractContextManager[None]:
         """The context every network call runs in."""
@@ -170,7 +207,21 @@ class Compute:
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, compiled where this is the way to compute."""
-        return torch.compile(function, dynamic=False) if self.compiled else function
+        return torch.compile(function, dynamic=False) if self.compiled and not self.by_block else function
+
+    def call(self, network: nn.Module) -> Callable[..., Any]:
+        """What to call for the output of `network`: itself, or its forward pass compiled as a whole."""
+        return self.wrap(network.forward) if self.compiled and not self.by_block else network
+
+    def set_blocks(self, networks: nn.Module) -> None:
+        """Lets every block of the trained `networks` compute in this way."""
+        blocks = [module for module in networks.modules() if isinstance(module, Block)]
+        if self.by_block:
+            # One compiled program serves blocks of one kind and shape; there may be as many as blocks.
+            allow_shapes(len(blocks))
+        for block in blocks:
+            block.recompute = self.recompute
+            block.compiled = torch.compile(block.run, dynamic=False) if self.by_block else None
 
     @property
     def _format(self) -> torch.memory_format:
@@ -179,7 +230,8 @@ class Compute:
     def __str__(self) -> str:
         precision = "bfloat16 autocast" if self.bf16 else "float32"
         layout = "channels-last" if self.channels_last else "channels-first"
-        how = f"{precision}, {layout}, {'compiled' if self.compiled else 'eager'}"
+        compiled = "compiled by the block" if self.by_block else "compiled" if self.compiled else "eager"
+        how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
         return f"{self.device.type}, {how} ({self.reason})"
 
 
@@ -217,7 +269,8 @@ def decide(
     )
     layouts = [_CHANNELS_LAST[instructions]] if instructions else [True, False]
     compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    compiled = options.compile is Switch.on or (options.compile is Switch.auto and on_gpu)
+    by_block = options.compile is Switch.blocks
+    compiled = by_block or options.compile is Switch.on or (options.compile is Switch.auto and on_gpu)
     may_compile = options.compile is Switch.auto and compiler and not compiled
     found = f"{instructions} found, " if instructions else ""
     if before is not None and before.device == device and before.bf16 in precisions:
@@ -228,7 +281,7 @@ def decide(
         (step_seconds(way), way)
         for bf16 in precisions
         for layout in layouts
-        for way in [Compute(device, bf16, layout, compiled, "")]
+        for way in [Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations)]
     ]
     seconds, best = min(timed, key=lambda pair: pair[0])
     if may_compile and seconds * steps > COMPILE_PAYS_AFTER:

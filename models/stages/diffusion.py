@@ -25,6 +25,7 @@ from models.stages.encoding import is_frozen
 from models.stages.guard import Guard
 from models.stages.optim import OptimizerSettings
 from models.stages.plan import Plan
+from models.stages.sharded import Sharding, is_spread
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -53,6 +54,7 @@ class DiffusionStage(LightningModule):
     guard: Guard
     #: The guard computes loss and gradients in portions and applies them.
     automatic_optimization = False
+    sharding: Sharding | None = None
 
     def __init__(
         self,
@@ -87,11 +89,18 @@ class DiffusionStage(LightningModule):
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
         self.compute = compute
-        for network in (self.networks, self.ema.network, self._autoencoder[0]):
+        for network in (self.networks, self.ema.network) if self.sharding is None else ():
             compute.place(network)
+        compute.place(self._autoencoder[0])
+        compute.set_blocks(self.networks)
         self.empty_tokens = self.text_encoder.tokenize([""]).to(compute.device)
         self._stored_null: Conditioning | None = None
-        self._backbone = compute.wrap(self.backbone.forward)
+        self._backbone = compute.call(self.backbone)
+
+    def configure_model(self) -> None:
+        """Spreads weights and average over the ranks, if that is how to train and not done yet."""
+        if self.sharding is not None and not is_spread(self.networks):
+            self.sharding.spread([*self.networks.children(), *self.ema.network.children()])
 
     def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
         """Takes the weights of a finished autoencoder; CheckpointError if they are of another shape."""

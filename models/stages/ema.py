@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from models.stages.sharded import local
+
 #: The halflife never exceeds this share of the images seen, so that the random first weights fade early.
 _RAMP = 0.1
 
@@ -28,6 +30,7 @@ class Ema:
         """Moves the average towards `network` after a step that brought the count to `images_seen`."""
         halflife = max(min(self.halflife_images, _RAMP * images_seen), 1e-8)
         towards = 1 - 0.5 ** (batch_size / halflife)
-        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), towards)
-        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine, theirs = ([local(p) for p in each.parameters()] for each in (self.network, network))
+        torch._foreach_lerp_(mine, theirs, towards)  # of weights that are spread, each rank averages its part
+        for buffer, other in zip(self.network.buffers(), network.buffers(), strict=True):
+            buffer.copy_(other)

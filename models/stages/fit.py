@@ -80,7 +80,7 @@ def fit(work: Work, session: Session) -> None:
         metrics = Metrics(stage, here / "metrics.jsonl", progress, ranks, pace)
         recorder = FlightRecorder(stage, here, ranks, session.options.hang_seconds)
         loader = work.data.val_loader(
-            stage.plan.validation_images, ranks.rank, ranks.size, _division(stage, session).parts
+            _validation_images(work, ranks.size), ranks.rank, ranks.size, _division(stage, session).parts
         )
         validation = Validation(stage, loader, metrics, work.show, ranks)
         checkpointing = Checkpointing(stage, saver, validation, session.signals)
@@ -95,6 +95,14 @@ def fit(work: Work, session: Session) -> None:
             asked = max(int(asked) for (asked,) in ranks.gather([float(session.signals.asked)]))
     if asked > SAVE:
         raise Stopped(asked)
+
+
+def _validation_images(work: Work, size: int) -> int:
+    """Held-out images to measure: ranks that share a model take as many each, for they compute together."""
+    images = work.stage.plan.validation_images
+    if work.stage.sharding is None:
+        return images
+    return min(images, len(work.data.val)) // size * size
 
 
 def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver) -> Trainer:
@@ -112,7 +120,7 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         stage.guard = guard
         trace = [Trace(stage, here, ranks)] if options.trace else []
         logger = session.logger.build(session.folder, stage.name) if ranks.first else False
-        trainer = make_trainer(ranks, stage.compute.device, options.reduce, logger, [
+        trainer = make_trainer(ranks, stage, options.reduce, logger, [
             _RestoreOptimizer(stage, checkpoint), Clock(stage, ranks),
             CheckRanks(stage, options.check_ranks_every_images, ranks), *trace, *callbacks, Stopping(stage),
         ])  # fmt: skip

@@ -16,6 +16,7 @@ from data.batch import Batch
 from models.stages.faults import NotFinite
 from models.stages.ranks import Ranks
 from models.stages.reduce import Reduction, pairwise_mean
+from models.stages.sharded import whole
 from models.stages.signals import Signals
 from models.stages.stage import Stage
 
@@ -95,7 +96,7 @@ class Guard:
                 raise self.ranks.explain(error) from error
             raise
         parameters = [p for p in trained if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         every = self.ranks.gather([self.own_loss, float(norm), float(self.signals.asked)])
         self.loss = pairwise_mean([loss for loss, _, _ in every])
         self.asked = max(int(asked) for _, _, asked in every)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -148,7 +148,7 @@ def _step(stage: Stage, batch: Batch) -> Tensor:
 
 def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tuple[float, float]:
     """FLOPs of a training step and bytes kept for its backward pass, for one image, run eagerly."""
-    eager = Compute(compute.device, compute.bf16, compute.channels_last, False, "")
+    eager = replace(compute, compiled=False, by_block=False)
     stage.use(eager)
     one = batch(1).to(compute.device)
     kept: dict[int, int] = {}

@@ -1,4 +1,7 @@
-"""When a stage's checkpoints are written: by the first rank, in the background, again after a full disk."""
+"""When a stage's checkpoints are written: by the first rank in the background, or by all that share a model.
+
+After a full disk they are tried again.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 from models.checkpoint import Best, Checkpoint, best_of, newest
 from models.checkpoint_writer import CheckpointWriter
 from models.stages.session import Session
+from models.stages.sharded_saving import ShardedWriter
 from models.stages.stage import Stage, stage_state, stage_tensors
 
 #: After a failed save the next attempt comes after this share of the interval, then twice as late each time.
@@ -36,12 +40,16 @@ class Saver:
 
     def _best_on_disk(self) -> float | None:
         known = best_of(self.parent) if self.session.ranks.first and self.parent.is_dir() else None
-        return known[2] if known is not None and known[1] == self.session.keep.best else None
+        best = known[2] if known is not None and known[1] == self.session.keep.best else None
+        return best if self.stage.sharding is None else self.session.ranks.share(best)
 
-    def _new_writer(self) -> CheckpointWriter:
-        keep = self.session.keep
+    def _new_writer(self) -> CheckpointWriter | ShardedWriter:
+        retention = self.session.keep.retention
         retry = max(1, self.stage.plan.checkpoint_every_images // _RETRY_SHARE)
-        return CheckpointWriter(self.parent, keep.retention, retry)
+        sharding = self.stage.sharding
+        if sharding is None:
+            return CheckpointWriter(self.parent, retention, retry)
+        return ShardedWriter(self.parent, retention, retry, self.session.ranks, sharding)
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +93,7 @@ class Saver:
         if self.better(figures):
             self._best = figures[self.session.keep.best]
             best = Best(self.session.keep.best, self._best)
-        if not self.session.ranks.first:
+        if self.stage.sharding is None and not self.session.ranks.first:
             return
         tensors = stage_tensors(self.stage, optimizer)
         documents = {"config": self.session.config, "state": stage_state(self.stage, self.fingerprints)}

@@ -1,5 +1,6 @@
 """What a stage is to the callbacks, and how its state becomes a checkpoint and comes back."""
 
+import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from models.checkpoint import Checkpoint, CheckpointError
+from models.checkpoint_shards import StoredTensors
 from models.loading import load_weights
 from models.stages.compute import Compute
 from models.stages.ema import Ema
 from models.stages.plan import Plan
+from models.stages.sharded import Sharding, restore_part, restore_parts
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -32,6 +35,8 @@ class Stage(Protocol):
     plan: Plan
     compute: Compute
     images_seen: int
+    #: How it is spread over ranks, set by whoever trains; None where each rank has all of it.
+    sharding: Sharding | None
     #: Applies the steps; set by whoever trains.
     guard: "Guard"
     #: Lightning's; while it trains.
@@ -75,12 +80,7 @@ def stage_state(stage: Stage, fingerprints: Mapping[str, Any]) -> dict[str, Any]
         "unlogged_losses": stage.unlogged_losses,
         "recent_losses": stage.recent_losses,
         **fingerprints,
-        "compute": {
-            "device": stage.compute.device.type,
-            "bf16": stage.compute.bf16,
-            "channels_last": stage.compute.channels_last,
-            "compiled": stage.compute.compiled,
-        },
+        "compute": stage.compute.document(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
     }
@@ -92,8 +92,12 @@ def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it was made by networks of another shape.
     """
-    load_weights(stage.networks, checkpoint.tensors("weights"), str(checkpoint.folder))
-    load_weights(stage.ema.network, checkpoint.tensors("ema"), str(checkpoint.folder))
+    networks = {"weights": stage.networks, "ema": stage.ema.network}
+    for name, network in networks.items():
+        if stage.sharding is None:
+            load_weights(network, checkpoint.tensors(name), str(checkpoint.folder))
+        else:
+            restore_parts(network, checkpoint.stored(name), stage.sharding, str(checkpoint.folder))
     state = checkpoint.document("state")
     stage.images_seen = int(state["images_seen"])
     stage.unlogged_losses = [float(loss) for loss in state.get("unlogged_losses", [])]
@@ -105,9 +109,7 @@ def restore_compute(checkpoint: Checkpoint | None) -> Compute | None:
     way = None if checkpoint is None else checkpoint.document("state").get("compute")
     if way is None:
         return None
-    return Compute(
-        torch.device(way["device"]), way["bf16"], way["channels_last"], way["compiled"], "as before"
-    )
+    return Compute.read(way, "as before")
 
 
 def restore_optimizer(stage: Stage, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
@@ -116,22 +118,29 @@ def restore_optimizer(stage: Stage, optimizer: torch.optim.Optimizer, checkpoint
     Raises:
         CheckpointError: it was made by another optimizer.
     """
-    tensors = checkpoint.tensors("optimizer")
+    stored = checkpoint.stored("optimizer")
     for name, parameter in stage.networks.named_parameters():
-        mine = {key.split(".", 1)[0]: t for key, t in tensors.items() if key.split(".", 1)[1] == name}
-        if not mine:
-            continue
-        if any(t.numel() > 1 and t.shape != parameter.shape for t in mine.values()):
+        mine = [key for key in stored if key.split(".", 1)[1] == name]
+        shapes = [stored.shapes[key] for key in mine]
+        if any(math.prod(shape) > 1 and shape != tuple(parameter.shape) for shape in shapes):
             raise CheckpointError(f"{checkpoint.folder}: optimizer state of {name} is of another shape")
-        optimizer.state[parameter] = {key: _beside(parameter, t) for key, t in mine.items()}
+        state = {key.split(".", 1)[0]: _beside(parameter, stored, key, stage.sharding) for key in mine}
+        if state:
+            optimizer.state[parameter] = state
 
 
-def _beside(parameter: Tensor, state: Tensor) -> Tensor:
-    """`state` where and laid out as an optimizer wants it for `parameter`."""
-    if state.shape != parameter.shape:  # a step counter: on the CPU unless the optimizer is fused on a GPU
+def _beside(parameter: Tensor, stored: StoredTensors, key: str, sharding: Sharding | None) -> Tensor:
+    """The state stored as `key`, where and laid out as an optimizer wants it for `parameter`."""
+    if stored.shapes[key] != tuple(parameter.shape):
+        # A step counter: on the CPU unless the optimizer is fused on a GPU.
+        state = stored.whole(key)
         return state.to(parameter.device) if parameter.is_cuda else state
     # The fused kernel walks memory, so that state in another layout than the weights belongs to others.
-    return torch.empty_like(parameter, dtype=state.dtype).copy_(state)
+    state = torch.empty_like(parameter, requires_grad=False)
+    if sharding is None:
+        return state.copy_(stored.whole(key))
+    restore_part(state, stored, key, sharding)
+    return state
 
 
 def _optimizer_tensors(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
