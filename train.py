@@ -43,7 +43,14 @@ from models.registry import ConfigError, build
 from models.sampling import Job
 from models.stages.agreement import require_same_config
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
-from models.stages.compute import Compute, Precision, TrainerOptions, allow_shapes, set_threads
+from models.stages.compute import (
+    Compute,
+    Precision,
+    TrainerOptions,
+    allow_shapes,
+    device_of,
+    set_threads,
+)
 from models.stages.depends import differences
 from models.stages.division import divide
 from models.stages.dropout import check_dropout
@@ -55,6 +62,7 @@ from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
 from models.stages.ranks import Ranks
 from models.stages.session import Session
+from models.stages.sharded import Sharding, shards_of
 from models.stages.stage import Stage, restore_compute, restore_networks
 
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
@@ -188,6 +196,9 @@ class Run:
             )
         if values["base"] is not None and StageName.diffusion not in self.names:
             raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
+        #: Ranks that each model is spread over, and how, once there is one to spread.
+        self.shards = shards_of(self.trainer, ranks.size)
+        self.sharding: Sharding | None = None
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = read_sampling(values)
@@ -312,17 +323,27 @@ class Run:
                         f"{checkpoint.folder}: stage {name.name} was stopped there, short of "
                         f"{self.plans[name].images:,} images; go on with resume=true, or give another name"
                     )
-            stage = self.build_stage(name)
+            stages.append(self.build_stage(name))
+        for stage in stages:
+            checkpoint = self.checkpoints[StageName[stage.name]]
+            if base is not None and checkpoint is None:
+                base.start(stage)
+            self.spread(stage)
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
-            elif base is not None:
-                base.start(stage)
-            stages.append(stage)
         costs = [self.cost(stage) for stage in stages]
         self.efforts = {StageName[cost.stage]: cost.effort for cost in costs}
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
         return stages
+
+    def spread(self, stage: Stage) -> None:
+        """Leaves of the weights this rank's part, where ranks share a model."""
+        if self.shards > 1:
+            if self.sharding is None:
+                self.sharding = Sharding(self.shards, self.ranks.size, device_of(self.trainer))
+            stage.sharding = self.sharding
+            stage.configure_model()
 
     def open_base(self) -> Base | None:
         """The networks this run begins with; None where it is given none, or has begun.
@@ -370,15 +391,14 @@ class Run:
 
     def cost(self, stage: Stage) -> Cost:
         """What is left of `stage` costs, as the first rank measured it; all compute in that way then."""
-        if self.ranks.first:
+        if self.ranks.first or stage.sharding is not None:
             before = restore_compute(self.checkpoints[StageName[stage.name]])
             data = self.data_for(StageName[stage.name])
             cost = preflight(stage, data.probe, self.session, before)
-            way = cost.compute
-            self.ranks.share([way.device.type, way.bf16, way.channels_last, way.compiled, way.reason])
+            if stage.sharding is None:
+                self.ranks.share([cost.compute.document(), cost.compute.reason])
             return cost
-        kind, *rest = self.ranks.share(None)
-        compute = Compute(torch.device(kind), *rest)
+        compute = Compute.read(*self.ranks.share(None))
         stage.use(compute)
         division = divide(f"plan.{stage.name}", stage.plan.batch_size, self.ranks.size, self.trainer)
         return Cost(stage.name, 0, 0.0, division, 0, 0, 0.0, 0.0, 0.0, compute)
@@ -472,7 +492,8 @@ class Run:
                 told = zip(first.captions, pairs, strict=True)
                 jobs = [Job(caption, k, before=before) for k, (caption, before) in enumerate(told)]
                 pictures = pipeline.generate(jobs, self.sampling)
-            return save_sheet(self.folder / stage.name / "pictures" / f"{images_seen:012d}.png", pictures)
+            path = self.folder / stage.name / "pictures" / f"{images_seen:012d}.png"
+            return save_sheet(path, pictures) if self.ranks.first else path
 
         def finish() -> None:
             if isinstance(stage, AutoencoderStage):

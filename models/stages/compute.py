@@ -176,7 +176,7 @@ class Compute:
     channels_last: bool
     compiled: bool
     reason: str
-    #: Blocks are compiled instead of whole networks, and computed again in the backward pass.
+    #: What is compiled are blocks instead of whole networks; blocks are computed again in the backward pass.
     by_block: bool = False
     recompute: bool = False
 
@@ -216,12 +216,13 @@ class Compute:
     def set_blocks(self, networks: nn.Module) -> None:
         """Lets every block of the trained `networks` compute in this way."""
         blocks = [module for module in networks.modules() if isinstance(module, Block)]
-        if self.by_block:
+        compiled = self.compiled and self.by_block
+        if compiled:
             # One compiled program serves blocks of one kind and shape; there may be as many as blocks.
             allow_shapes(len(blocks))
         for block in blocks:
             block.recompute = self.recompute
-            block.compiled = torch.compile(block.run, dynamic=False) if self.by_block else None
+            block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
 
     @property
     def _format(self) -> torch.memory_format:
@@ -230,7 +231,7 @@ class Compute:
     def __str__(self) -> str:
         precision = "bfloat16 autocast" if self.bf16 else "float32"
         layout = "channels-last" if self.channels_last else "channels-first"
-        compiled = "compiled by the block" if self.by_block else "compiled" if self.compiled else "eager"
+        compiled = f"compiled{' by the block' if self.by_block else ''}" if self.compiled else "eager"
         how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
         return f"{self.device.type}, {how} ({self.reason})"
 
@@ -257,20 +258,17 @@ def decide(
     Raises:
         ConfigError: a GPU is asked for and there is none.
     """
-    on_gpu = torch.cuda.is_available() and options.accelerator is not Accelerator.cpu
-    if options.accelerator is Accelerator.cuda and not on_gpu:
-        raise ConfigError(
-            "trainer.accelerator is cuda, but this machine has no usable GPU; use trainer.accelerator=cpu"
-        )
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = device_of(options)
+    on_gpu = device.type == "cuda"
     instructions = "GPU" if on_gpu else _bf16_instructions()
     precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(
         options.precision, [True] if instructions else [True, False]
     )
     layouts = [_CHANNELS_LAST[instructions]] if instructions else [True, False]
     compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    by_block = options.compile is Switch.blocks
-    compiled = by_block or options.compile is Switch.on or (options.compile is Switch.auto and on_gpu)
+    # What gathers the weights of a model that is spread stands between its blocks.
+    by_block = options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp)
+    compiled = options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu)
     may_compile = options.compile is Switch.auto and compiler and not compiled
     found = f"{instructions} found, " if instructions else ""
     if before is not None and before.device == device and before.bf16 in precisions:
@@ -290,6 +288,20 @@ def decide(
         seconds, best = min(timed, key=lambda pair: pair[0])
     reason = f"{found}fastest of {len(timed)} timed" if len(timed) > 1 else f"{found}timed once"
     return replace(best, reason=reason), seconds
+
+
+def device_of(options: TrainerOptions) -> torch.device:
+    """The kind of device that training computes on.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    on_gpu = torch.cuda.is_available() and options.accelerator is not Accelerator.cpu
+    if options.accelerator is Accelerator.cuda and not on_gpu:
+        raise ConfigError(
+            "trainer.accelerator is cuda, but this machine has no usable GPU; use trainer.accelerator=cpu"
+        )
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 4.0) -> float:

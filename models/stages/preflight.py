@@ -17,12 +17,13 @@ from models.stages.compute import Compute, Reduce, decide, seconds_a_call
 from models.stages.division import Division, divide
 from models.stages.effort import Effort, matmul_ceiling
 from models.stages.session import Session
+from models.stages.sharded import local
 from models.stages.stage import Stage
 
 _FLOAT_BYTES = 4
 #: Copies of the trained weights: themselves, their gradients, AdamW's two moments and the average.
 _COPIES_IN_MEMORY = 5
-#: Copies in a checkpoint: no gradients. The same again is held in memory while one is written.
+#: Copies in a checkpoint: no gradients. As many in memory while one is written beside training.
 _COPIES_ON_DISK = 4
 
 
@@ -71,7 +72,11 @@ def preflight(
     def step_seconds(way: Compute) -> float:
         stage.use(way)
         part = batch(division.micro_batch).to(way.device)
-        return division.parts * seconds_a_call(lambda: _step(stage, part), way.device)
+        if stage.sharding is None:
+            return division.parts * seconds_a_call(lambda: _step(stage, part), way.device)
+        # Ranks that share a model make their steps together: as many each, and the slowest one counts.
+        seconds = seconds_a_call(lambda: _step(stage, part), way.device, budget=0.0)
+        return division.parts * max(each for (each,) in session.ranks.gather([seconds]))
 
     compute, seconds_a_step = decide(options, step_seconds, steps, before)
     flops, activations = _count(stage, compute, batch)
@@ -80,6 +85,8 @@ def preflight(
     weights = parameters * _FLOAT_BYTES
     # Sums of gradients that wait for the other branch of the tree, one of each size.
     branches = division.parts.bit_length() - 1 if options.reduce is Reduce.tree else 0
+    share = weights / (1 if stage.sharding is None else stage.sharding.shards)
+    written = _COPIES_ON_DISK if stage.sharding is None else 0  # beside training, where one rank writes
     return Cost(
         stage=stage.name,
         parameters=parameters,
@@ -88,8 +95,7 @@ def preflight(
         images_to_go=images,
         steps_to_go=steps,
         seconds=seconds_a_step * steps,
-        memory=(_COPIES_IN_MEMORY + _COPIES_ON_DISK + branches) * weights
-        + activations * division.micro_batch,
+        memory=(_COPIES_IN_MEMORY + written + branches) * share + activations * division.micro_batch,
         disk=_COPIES_ON_DISK * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
         ceiling=matmul_ceiling(compute),
@@ -154,14 +160,16 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        place = tensor.untyped_storage().data_ptr()
+        # Looked at here, as the weights of a model that is spread are whole only while they are used.
+        if place not in {local(p).untyped_storage().data_ptr() for p in stage.networks.parameters()}:
+            kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
     counter = FlopCounterMode(display=False)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _step(stage, one)
-    own = {p.untyped_storage().data_ptr() for p in stage.networks.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in own)
+    activations = sum(kept.values())
     return float(counter.get_total_flops()), float(activations)
 
 

@@ -19,7 +19,7 @@ from models.blocks import Block, SpatialTransformer
 from models.checkpoint_shards import StoredTensors, shard_rows
 from models.loading import require_shapes
 from models.registry import ConfigError
-from models.stages.compute import Strategy
+from models.stages.compute import Reduce, Strategy, TrainerOptions
 
 #: What is gathered and given back as one, inside of what is gathered for the whole of a network.
 _UNITS = (Block, SpatialTransformer)
@@ -50,7 +50,7 @@ class Sharding:
     def spread(self, networks: Iterable[nn.Module]) -> None:
         """Leaves of each network this rank's part, on its device; each is called as a module from then on."""
         for network in networks:
-            for module in network.modules():
+            for module in reversed(list(network.modules())):  # what lies inside comes first
                 if isinstance(module, _UNITS):
                     self._spread(module)
             self._spread(network)
@@ -65,35 +65,29 @@ class Sharding:
         return edges[self.shard], edges[self.shard + 1]
 
 
-def sharding_of(strategy: Strategy, shards: int, size: int, device: torch.device) -> Sharding | None:
-    """How a model is spread; None where each of the `size` ranks has all of it.
-
-    Args:
-        strategy: of the options.
-        shards: of the options; 0 where not given.
-        size: ranks.
-        device: kind of device they compute on.
+def shards_of(options: TrainerOptions, size: int) -> int:
+    """Over how many of `size` ranks a model is spread; 1 where each has all of it.
 
     Raises:
         ConfigError: shards that the strategy cannot have, or that do not divide the ranks.
     """
-    spread = check_shards(strategy, shards, size)
-    return Sharding(spread, size, device) if spread > 1 else None
-
-
-def check_shards(strategy: Strategy, shards: int, size: int) -> int:
-    """Over how many of `size` ranks a model is spread; ConfigError as `sharding_of`."""
+    strategy, shards = options.strategy, options.shards
     if strategy is not Strategy.hsdp and shards:
         raise ConfigError(
             f"trainer.shards is {shards}, but trainer.strategy={strategy.name} does not look at it; set "
-            "trainer.strategy=hsdp, or leave trainer.shards away"
+            "trainer.strategy=hsdp, or leave trainer.shards out"
         )
     if strategy in (Strategy.auto, Strategy.ddp):
         return 1
+    if options.reduce is Reduce.tree:
+        raise ConfigError(
+            f"trainer.reduce=tree adds up whole gradients, but with trainer.strategy={strategy.name} no rank "
+            "has them; use trainer.strategy=ddp, or trainer.reduce=fast"
+        )
     if strategy is Strategy.hsdp and (shards < 2 or size % shards):
         raise ConfigError(
-            f"trainer.shards is {shards}, the ranks a model is spread over, but must be 2 or more and divide "
-            f"the {size} ranks"
+            f"trainer.shards is {shards}, the ranks that trainer.strategy=hsdp spreads a model over, "
+            f"but must be 2 or more and divide the {size} ranks"
         )
     return size if strategy is Strategy.fsdp else shards
 

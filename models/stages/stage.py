@@ -45,6 +45,9 @@ class Stage(Protocol):
     unlogged_losses: list[float]
     recent_losses: list[float]
 
+    def configure_model(self) -> None:
+        """Spreads weights and average over the ranks, if that is how to train and not done yet."""
+
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
 
