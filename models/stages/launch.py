@@ -122,7 +122,7 @@ def _watch(ranks: list["subprocess.Popen[bytes]"], script: str, again: str) -> i
     if waiting and (code := ranks[failed[0]].returncode) > 0:
         print(
             f"train.py: rank {failed[0]} (process {ranks[failed[0]].pid}) ended with code {code} while "
-            f"{len(waiting)} others waited for it, and they end too; what it said is above",
+            f"{len(waiting)} waited for it; all end; what it said is above",
             file=sys.stderr, flush=True,
         )  # fmt: skip
     ended_by = [process.poll() or 0 for process in ranks]

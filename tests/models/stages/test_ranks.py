@@ -1,6 +1,7 @@
 """Ranks are real processes here: they agree, they share, and a lost one is named instead of waited for."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from models.stages.launch import launch, stay_with_parent
 if "RANK" not in os.environ:
     sys.exit(launch(2))
 stay_with_parent()
+{start}
 import torch
 from models.stages.ranks import Ranks, RankError
 try:
@@ -32,10 +34,10 @@ except RankError as error:
 """
 
 
-def script(tmp_path: Path, body: str, timeout: float = 20.0) -> "subprocess.Popen[str]":
+def script(tmp_path: Path, body: str, timeout: float = 20.0, start: str = "") -> "subprocess.Popen[str]":
     path = tmp_path / "two.py"
     indented = body.strip().replace("\n", "\n        ")
-    path.write_text(SCRIPT.format(project=str(PROJECT), timeout=timeout, body=indented))
+    path.write_text(SCRIPT.format(project=str(PROJECT), timeout=timeout, body=indented, start=start))
     return subprocess.Popen(
         [sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
@@ -112,6 +114,19 @@ time.sleep(0.2)
 """)  # fmt: skip
     process.communicate(timeout=60)
     assert process.returncode == 3
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_at_the_start_is_named(tmp_path: Path) -> None:
+    """The other one waits for it, and would for `connect_timeout`."""
+    process = script(tmp_path, "ranks.wait()", start="if os.environ['RANK'] == '1': os._exit(3)")
+    text = process.communicate(timeout=80)[0]
+    assert process.returncode == 3
+    assert re.fullmatch(
+        r"train.py: rank 1 \(process \d+\) ended with code 3 while 1 waited for it; all end; what it said "
+        r"is above\n",
+        text,
+    )
 
 
 @pytest.mark.distributed
