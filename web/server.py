@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 #: A connection on which no request is being answered is closed after so many seconds.
 IDLE_SECONDS = 15.0
@@ -85,17 +85,21 @@ class Server:
 
     async def _close_idle(self) -> None:
         """Closes connections on which nothing was asked for too long, or only the beginning of something."""
-        since: dict[H11Protocol, float] = {}
+        since: dict[_Idle, float] = {}
         while True:
             await asyncio.sleep(min(1.0, self.idle_seconds / 4))
             now = time.monotonic()
             since = {each: since.get(each, now) for each in _idle(self._server.server_state.connections)}
-            for connection, then in since.items():
+            for (connection, _), then in since.items():
                 if now - then > self.idle_seconds and connection.transport is not None:
                     connection.transport.close()
 
 
-def _idle(connections: Iterable[object]) -> list[H11Protocol]:
+#: A connection, and the last question on it, so that one which was asked something meanwhile is another one.
+_Idle = tuple[H11Protocol, RequestResponseCycle | None]
+
+
+def _idle(connections: Iterable[object]) -> list[_Idle]:
     """Connections on which no question has come whole, or the last one is answered."""
-    ours = [each for each in connections if isinstance(each, H11Protocol)]
-    return [each for each in ours if each.cycle is None or each.cycle.response_complete]
+    ours = [(each, each.cycle) for each in connections if isinstance(each, H11Protocol)]
+    return [(each, cycle) for each, cycle in ours if cycle is None or cycle.response_complete]

@@ -1,5 +1,6 @@
 """The guard before every page: names, token, cookie, origin, sizes, rates, times, on a real server."""
 
+import http.client
 import socket
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ PART = Part(
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    with serving([PART], idle_seconds=0.6) as site:
+    with serving([PART], idle_seconds=1.0) as site:
         yield site
 
 
@@ -251,6 +252,18 @@ def test_a_slow_head_is_cut_off_and_others_are_served(site: Site, browser: Brows
     finally:
         for raw in slow:
             raw.close()
+
+
+def test_a_connection_that_is_used_now_and_then_stays_open(site: Site, browser: Browser) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    connection.connect()
+    first = connection.sock
+    for _ in range(15):
+        connection.request("GET", "/test", headers={"Cookie": browser.cookie})
+        assert connection.getresponse().read()
+        assert connection.sock is first
+        time.sleep(0.13)
+    connection.close()
 
 
 def test_a_slow_body_is_cut_off(site: Site, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
