@@ -192,7 +192,19 @@ def measure_variety_of(network: FeatureNetwork, made: Made, train: Real) -> Meas
             f"variety: {len(variety.left_out)} of {len(made.varied_asks)} prompts are left out, as fewer "
             "than 8 training pictures are of their class; give variety.class_field a field of fewer classes"
         )
-    return Measured(figures, {"varied": rows}, alarms, variety=variety)
+    features = {"varied": rows, **_by_prompt(variety, made.varied_asks)}
+    return Measured(figures, features, alarms, variety=variety)
+
+
+def _by_prompt(variety: Variety, asks: Sequence[Ask]) -> dict[str, Tensor]:
+    """What the means over prompts are made of, a row for each in their order; NaN for those left out."""
+    of = {
+        row.prompt: (row.sameness, row.made.different, row.made.vendi, row.made.distance)
+        for row in variety.rows
+    }
+    table = torch.tensor([of.get(ask.text, (math.nan,) * 4) for ask in asks], dtype=torch.float64)
+    names = ("sameness", "different", "vendi", "pairwise_distance")
+    return {f"variety_{name}": column.clone() for name, column in zip(names, table.unbind(1), strict=True)}
 
 
 def variety_alarm(variety: Variety) -> str:
