@@ -224,8 +224,6 @@ def _matches(
     torch.set_num_threads(1)
     try:
         near, beside = search.candidates(made, [made.features, mirrored])
-        if held_out:
-            beside = [[n for n in each if n != len(index) + i] for i, each in enumerate(beside)]
         pool = _Pool(search, near)
         nearest = [pool.nearest(made.take([i]), mirrored[i], numbers) for i, numbers in enumerate(near)]
         chosen = sorted({by_pixels for by_pixels, _ in nearest})
