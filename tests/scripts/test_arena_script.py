@@ -30,6 +30,14 @@ PROJECT = Path(__file__).resolve().parents[2]
 PROMPTS = "a sea\twater\na hill\tland\na desert\tland\n"
 
 
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Leaves this process's handler of SIGTERM as it was: `main` sets its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prompts, two folders of pictures, and an arena of them."""
@@ -342,7 +350,7 @@ def test_a_signal_ends_it_cleanly(arena: Path, number: int, code: int) -> None:
         pair = browser.get("/api/arena/next").json()["pair"]
         assert browser.post("/api/arena/vote", {"token": pair["token"], "outcome": "tie"}).status == 200
         process.send_signal(number)
-        assert process.wait(10) == code
+        assert process.wait(60) == code
         assert process.stderr is not None
         assert_one_line(process.stderr.read(), "no vote and no picture is lost")
     with ArenaStore.open(arena) as store:

@@ -114,7 +114,7 @@ def load(folder: Path, voters: int, seconds: float, pause: float) -> dict[str, f
 
             asyncio.run(crowd())
             process.terminate()
-            assert process.wait(10) == 143
+            assert process.wait(60) == 143
             assert process.stderr.read().splitlines() == [
                 "arena.py: stopped; no vote and no picture is lost, the same command goes on"
             ]
