@@ -175,6 +175,7 @@ class Run:
         self.optimizers = {
             name: make(f"optimizer/{name.name}", values["optimizer"][name.name]) for name in StageName
         }
+        self.averaging = make("ema", values["ema"])
         self.loss = make("reconstruction", values["reconstruction"])
         self.data: ShardData = make("data", values["data"])
         self.rendered = None if self.data.is_given else make("rendered", values["rendered"])
@@ -453,6 +454,7 @@ class Run:
             self.plans[name],
             here,
             seed,
+            self.averaging,
         )
 
     def fit(self, stage: Stage) -> None:

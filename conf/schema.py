@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from data.datamodule import ShardData
 from data.rendered import RenderedEdits, RenderedLandscapes
 from models.registry import REGISTRY, Part, children, construct, options
+from models.stages.averages import HalflifeAverage, PowerFunctionAverage
 from models.stages.compute import TrainerOptions
 from models.stages.keep import Keep
 from models.stages.logs import CsvLog, TensorboardLog, WandbLog
@@ -30,6 +31,7 @@ TRAINING: dict[str, dict[str, Part]] = {
     "optimizer/diffusion": {"adamw": AdamW},
     "plan/autoencoder": {"plan": Plan},
     "plan/diffusion": {"plan": Plan},
+    "ema": {"halflife": HalflifeAverage, "power": PowerFunctionAverage},
     "reconstruction": {"pixels": ReconstructionLoss},
     "data": {"shards": ShardData},
     "rendered": {"landscapes": RenderedLandscapes, "landscape_edits": RenderedEdits},
@@ -78,6 +80,7 @@ class TrainConfig:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     plan: Any = MISSING
     optimizer: Any = MISSING
+    ema: Any = MISSING  # how the diffusion stage averages its weights
     conditioning_dropout: float = 0.1
     data: Any = MISSING
     rendered: Any = MISSING

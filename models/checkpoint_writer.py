@@ -79,7 +79,7 @@ class CheckpointWriter:
 
     Args:
         parent: folder of a stage's checkpoints.
-        retention: which older checkpoints stay.
+        retention: which older checkpoints stay; None for all of them.
         retry_images: images from the first failure to the next attempt; doubled with each failure in a row.
         max_failures: failures in a row that end the training.
     """
@@ -87,7 +87,7 @@ class CheckpointWriter:
     def __init__(
         self,
         parent: Path,
-        retention: Retention = KEEP_TWO,
+        retention: Retention | None = KEEP_TWO,
         retry_images: int = 1_000,
         max_failures: int = 5,
     ) -> None:

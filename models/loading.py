@@ -154,14 +154,23 @@ def require_shapes(
         )
 
 
-def export(run: Path, target: Path) -> None:
+def export(run: Path, target: Path, averages: Mapping[str, Tensor] | None = None) -> None:
     """Writes the averaged weights and the configuration of the run in folder `run` as one safetensors file.
+
+    Args:
+        run: its folder.
+        target: the file.
+        averages: taken instead of those of the run's diffusion stage; all of its tensors.
 
     Raises:
         CheckpointError: as `load_pipeline`.
         OSError: the target cannot be written.
     """
     tensors, config, sha256 = _read_run(run)
+    if averages is not None:
+        trained = {k: tuple(t.shape) for k, t in tensors.items() if not k.startswith("autoencoder.")}
+        require_shapes(trained, {k: tuple(t.shape) for k, t in averages.items()}, str(run))
+        tensors |= averages
     metadata = {"format": EXPORT_FORMAT, "config": json.dumps(config), "checkpoint_sha256": sha256}
     save_single_file(target, tensors, metadata)
 

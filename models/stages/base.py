@@ -81,7 +81,7 @@ class Base:
         wanted = stage.networks.state_dict()
         if GROWN in mine and GROWN in wanted:
             mine[GROWN] = grown(mine[GROWN], wanted[GROWN].shape)
-        for networks in (stage.networks, stage.ema.network):
+        for networks in (stage.networks, *stage.ema.networks):
             load_weights(networks, mine, f"base={self.path}")
 
 

@@ -14,7 +14,16 @@ DEPENDS = {
         "plan.autoencoder",
     ),
     "diffusion": (
-        *("autoencoder", "text_encoder", "backbone", "objective", "conditioning_dropout", "data", "seed"),
+        *(
+            "autoencoder",
+            "text_encoder",
+            "backbone",
+            "objective",
+            "conditioning_dropout",
+            "data",
+            "seed",
+            "ema",
+        ),
         *("optimizer.diffusion", "plan.diffusion"),
     ),
 }

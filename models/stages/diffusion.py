@@ -18,6 +18,7 @@ from models.diffusion.draws import Draws, Purpose
 from models.diffusion.objective import Backbone, Objective
 from models.loading import load_weights
 from models.pipeline import Pipeline
+from models.stages.averages import Averaging
 from models.stages.compute import Compute
 from models.stages.dropout import check_dropout, without_picture, without_text
 from models.stages.ema import Ema
@@ -47,6 +48,7 @@ class DiffusionStage(LightningModule):
         plan: how long and in which portions.
         compute: where and in which precision.
         seed: of every random number.
+        averaging: of the weights; by default with the plan's halflife.
     """
 
     name = "diffusion"
@@ -67,6 +69,7 @@ class DiffusionStage(LightningModule):
         plan: Plan,
         compute: Compute,
         seed: int,
+        averaging: Averaging | None = None,
     ) -> None:
         super().__init__()
         check_dropout(conditioning_dropout, backbone)
@@ -81,7 +84,7 @@ class DiffusionStage(LightningModule):
         self.images_seen = 0
         self.unlogged_losses: list[float] = []
         self.recent_losses: list[float] = []
-        self.ema = Ema(self.networks, plan.ema_halflife_images)
+        self.ema = Ema(self.networks, plan.ema_halflife_images, averaging)
         # In a list so that Lightning does not count the frozen autoencoder among what is trained.
         self._autoencoder = [autoencoder.eval().requires_grad_(False)]
         self.use(compute)
@@ -89,7 +92,7 @@ class DiffusionStage(LightningModule):
     def use(self, compute: Compute) -> None:
         """Computes in the given way from now on."""
         self.compute = compute
-        for network in (self.networks, self.ema.network) if self.sharding is None else ():
+        for network in (self.networks, *self.ema.networks) if self.sharding is None else ():
             compute.place(network)
         compute.place(self._autoencoder[0])
         compute.set_blocks(self.networks)
@@ -100,7 +103,8 @@ class DiffusionStage(LightningModule):
     def configure_model(self) -> None:
         """Spreads weights and average over the ranks, if that is how to train and not done yet."""
         if self.sharding is not None and not is_spread(self.networks):
-            self.sharding.spread([*self.networks.children(), *self.ema.network.children()])
+            for networks in (self.networks, *self.ema.networks):
+                self.sharding.spread(networks.children())
 
     def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
         """Takes the weights of a finished autoencoder; CheckpointError if they are of another shape."""

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
+from models.stages.averages import PowerFunctionAverage
 from models.stages.callbacks import (
     Checkpointing,
     CheckRanks,
@@ -31,6 +32,7 @@ from models.stages.reduce import make_reduction
 from models.stages.saving import Saver
 from models.stages.session import Session
 from models.stages.signals import SAVE, Stopped
+from models.stages.snapshots import Snapshots
 from models.stages.stage import Stage, restore_networks, restore_optimizer
 from models.stages.strategies import make_trainer
 
@@ -118,11 +120,18 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
             options.not_finite, options.spike_zscore, options.rewind_spikes,
         )  # fmt: skip
         stage.guard = guard
+        averaging = stage.ema.averaging
+        snapshots = (
+            [Snapshots(stage, averaging, here / "averages", ranks)]
+            if isinstance(averaging, PowerFunctionAverage) and averaging.snapshot_every_images
+            else []
+        )
         trace = [Trace(stage, here, ranks)] if options.trace else []
         logger = session.logger.build(session.folder, stage.name) if ranks.first else False
         trainer = make_trainer(ranks, stage, options.reduce, logger, [
             _RestoreOptimizer(stage, checkpoint), Clock(stage, ranks),
-            CheckRanks(stage, options.check_ranks_every_images, ranks), *trace, *callbacks, Stopping(stage),
+            CheckRanks(stage, options.check_ranks_every_images, ranks), *trace, *snapshots,
+            *callbacks, Stopping(stage),
         ])  # fmt: skip
         if attempt == 0:
             for each in trainer.loggers:

@@ -85,6 +85,7 @@ def preflight(
     weights = parameters * _FLOAT_BYTES
     # Sums of gradients that wait for the other branch of the tree, one of each size.
     branches = division.parts.bit_length() - 1 if options.reduce is Reduce.tree else 0
+    averages = len(stage.ema.networks) - 1  # besides the first
     share = weights / (1 if stage.sharding is None else stage.sharding.shards)
     written = _COPIES_ON_DISK if stage.sharding is None else 0  # beside training, where one rank writes
     return Cost(
@@ -95,8 +96,9 @@ def preflight(
         images_to_go=images,
         steps_to_go=steps,
         seconds=seconds_a_step * steps,
-        memory=(_COPIES_IN_MEMORY + written + branches) * share + activations * division.micro_batch,
-        disk=_COPIES_ON_DISK * weights * (session.keep.checkpoints(stage.plan.images) + 1),
+        memory=(_COPIES_IN_MEMORY + averages + written + branches) * share
+        + activations * division.micro_batch,
+        disk=(_COPIES_ON_DISK + averages) * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
         ceiling=matmul_ceiling(compute),
         ranks=session.ranks.size,

@@ -65,7 +65,7 @@ def stage_tensors(stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, d
     """Everything of `stage` and its optimizer that training changes: file name -> named tensors."""
     return {
         "weights": stage.networks.state_dict(),
-        "ema": stage.ema.network.state_dict(),
+        **{name: network.state_dict() for name, network in stage.ema.named().items()},
         "optimizer": _optimizer_tensors(stage.networks, optimizer),
     }
 
@@ -95,7 +95,7 @@ def restore_networks(stage: Stage, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it was made by networks of another shape.
     """
-    networks = {"weights": stage.networks, "ema": stage.ema.network}
+    networks = {"weights": stage.networks, **stage.ema.named()}
     for name, network in networks.items():
         if stage.sharding is None:
             load_weights(network, checkpoint.tensors(name), str(checkpoint.folder))
