@@ -57,6 +57,7 @@ from models.stages.dropout import check_dropout
 from models.stages.effort import Effort
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_estimate
+from models.stages.evaluations import evaluations_of
 from models.stages.launch import launch, run_command, stay_with_parent
 from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
@@ -65,6 +66,8 @@ from models.stages.session import Session
 from models.stages.sharded import Sharding, shards_of
 from models.stages.stage import Stage, restore_compute, restore_networks
 
+#: What evaluates checkpoints while a run trains.
+EVALUATE = Path(__file__).resolve().parent / "scripts" / "evaluate.py"
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
@@ -214,6 +217,7 @@ class Run:
             make("logger", values["logger"]),
             make("keep", values["keep"]),
             ranks,
+            evaluations=evaluations_of(self.folder, EVALUATE, make("evaluation", values["evaluation"])),
         )
         self.checkpoints: dict[StageName, Checkpoint | None] = {}
         self.efforts: dict[StageName, Effort] = {}

@@ -19,6 +19,7 @@ from data.rendered import RenderedEdits, RenderedLandscapes
 from models.registry import REGISTRY, Part, children, construct, options
 from models.stages.averages import HalflifeAverage, PowerFunctionAverage
 from models.stages.compute import TrainerOptions
+from models.stages.evaluations import EvaluationOptions
 from models.stages.keep import Keep
 from models.stages.logs import CsvLog, TensorboardLog, WandbLog
 from models.stages.losses import ReconstructionLoss
@@ -37,6 +38,7 @@ TRAINING: dict[str, dict[str, Part]] = {
     "rendered": {"landscapes": RenderedLandscapes, "landscape_edits": RenderedEdits},
     "trainer": {"options": TrainerOptions},
     "keep": {"checkpoints": Keep},
+    "evaluation": {"beside": EvaluationOptions},
     "logger": {"csv": CsvLog, "wandb": WandbLog, "tensorboard": TensorboardLog},
 }
 
@@ -86,6 +88,7 @@ class TrainConfig:
     rendered: Any = MISSING
     trainer: Any = MISSING
     keep: Any = MISSING
+    evaluation: Any = MISSING
     logger: Any = MISSING
 
 

@@ -215,14 +215,15 @@ class Metrics(Callback):
         self._began = self._waited_since = time.perf_counter()
         self.pace.restart()
 
-    def record(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
-        """Writes figures at the images seen so far to the file and to the logger."""
+    def record(self, trainer: Trainer, figures: Mapping[str, float], images: int | None = None) -> None:
+        """Writes figures at `images`, by default those seen so far, to the file and to the logger."""
         if not self.ranks.first:
             return
+        images = self.stage.images_seen if images is None else images
         with self.path.open("a") as file:
-            file.write(json.dumps({"images": self.stage.images_seen, **figures}) + "\n")
+            file.write(json.dumps({"images": images, **figures}) + "\n")
         for logger in trainer.loggers:
-            logger.log_metrics(dict(figures), step=self.stage.images_seen)
+            logger.log_metrics(dict(figures), step=images)
 
 
 class Validation(Callback):

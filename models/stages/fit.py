@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from models.stages.callbacks import (
 )
 from models.stages.division import Division, divide
 from models.stages.effort import Effort
+from models.stages.evaluating import Evaluating
 from models.stages.guard import Guard, Rewind
 from models.stages.memory import out_of_memory
 from models.stages.pace import Pace
@@ -36,6 +38,8 @@ from models.stages.snapshots import Snapshots
 from models.stages.stage import Stage, restore_networks, restore_optimizer
 from models.stages.strategies import make_trainer
 
+#: The stage whose checkpoints make pictures of prompts.
+EVALUATED = "diffusion"
 #: How often one command goes back to a checkpoint before it gives up.
 MAX_REWINDS = 5
 
@@ -86,17 +90,34 @@ def fit(work: Work, session: Session) -> None:
         )
         validation = Validation(stage, loader, metrics, work.show, ranks)
         checkpointing = Checkpointing(stage, saver, validation, session.signals)
-        with session.signals.flagged(), saver, out_of_memory(stage.name, stage.compute.device):
-            trainer = _train(work, session, [recorder, pace, metrics, validation, checkpointing], saver)
+        callbacks = [recorder, pace, metrics, validation, checkpointing]
+        evaluating = _evaluating(work, session, saver, metrics)
+        callbacks += [] if evaluating is None else [evaluating]
+        with (
+            session.signals.flagged(),
+            nullcontext() if evaluating is None else evaluating.evaluations,
+            saver,
+            out_of_memory(stage.name, stage.compute.device),
+        ):
+            trainer = _train(work, session, callbacks, saver)
             if stage.images_seen >= stage.plan.images:
                 work.finish()
                 validation.run(trainer)
                 saver.save(trainer.optimizers[0], validation.figures, wait=True)
+                if evaluating is not None:
+                    evaluating.finish(trainer)
             for each in trainer.loggers:
                 each.save()
             asked = max(int(asked) for (asked,) in ranks.gather([float(session.signals.asked)]))
     if asked > SAVE:
         raise Stopped(asked)
+
+
+def _evaluating(work: Work, session: Session, saver: Saver, metrics: Metrics) -> Evaluating | None:
+    """What has checkpoints evaluated; None on other ranks and for stages that make no pictures of prompts."""
+    if session.evaluations is None or work.stage.name != EVALUATED or not session.ranks.first:
+        return None
+    return Evaluating(work.stage, saver.parent, session.evaluations, metrics, session.signals)
 
 
 def _validation_images(work: Work, size: int) -> int:

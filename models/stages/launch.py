@@ -20,7 +20,8 @@ from types import FrameType
 
 #: Seconds that the other ranks get to end by themselves once one has ended in error.
 _GRACE = 15.0
-_PARENT = "FIRSTLIGHT_PARENT"
+#: Environment variable: the process that this one ends with.
+PARENT = "FIRSTLIGHT_PARENT"
 _LOST = 5  # exit code: environment
 #: A rank that had not yet begun to listen dies of the signal itself; that is being stopped too.
 _STOPPED = {int(signal.SIGTERM): 143, int(signal.SIGINT): 130}
@@ -56,7 +57,7 @@ def run_command(command: Sequence[str]) -> int:
     What is sent to this process is passed on; 130 and 143 are those of a command that was asked to stop.
     """
     process = subprocess.Popen(
-        list(command), env=os.environ | {_PARENT: str(os.getpid())}, start_new_session=True
+        list(command), env=os.environ | {PARENT: str(os.getpid())}, start_new_session=True
     )
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -75,7 +76,7 @@ def run_command(command: Sequence[str]) -> int:
 
 def stay_with_parent() -> None:
     """Ends this process soon after the one that launched it, if that is killed."""
-    parent = os.environ.get(_PARENT)
+    parent = os.environ.get(PARENT)
     if parent is None:
         return
 
@@ -90,7 +91,7 @@ def stay_with_parent() -> None:
 def _start(rank: int, size: int, port: int) -> "subprocess.Popen[bytes]":
     place = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, _PARENT: os.getpid(),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, PARENT: os.getpid(),
     }  # fmt: skip
     # The reducer would warn on each rank about an option that is set on purpose (strategies.py).
     environment = (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from models.stages.compute import TrainerOptions
+from models.stages.evaluations import Evaluations
 from models.stages.keep import Keep
 from models.stages.logs import LogSettings
 from models.stages.ranks import Ranks
@@ -24,6 +25,7 @@ class Session:
         keep: which checkpoints stay.
         ranks: the processes that train together.
         signals: what this process is asked for.
+        evaluations: of checkpoints of the diffusion stage while it trains, on the first rank; None is none.
     """
 
     folder: Path
@@ -33,3 +35,4 @@ class Session:
     keep: Keep = field(default_factory=Keep)
     ranks: Ranks = field(default_factory=Ranks.alone)
     signals: Signals = field(default_factory=Signals)
+    evaluations: Evaluations | None = None
