@@ -11,16 +11,17 @@ from typing import Any
 from data.progress import Progress
 from evaluation.adherence import AdherenceJudge
 from evaluation.asks import Real
+from evaluation.clip import load_clip
 from evaluation.features import FeatureNetwork, judge_features, open_features
 from evaluation.report import find_judge
-from evaluation.retrieval import TextImageTower, TowerScorer
+from evaluation.retrieval import ClipTower, TextImageTower, TowerScorer
 from evaluation.scorers import AdherenceScorer, Scorer
 from evaluation.tower import SmallTower, load_tower, save_tower, train_tower
 from models.checkpoint import CheckpointError
 from models.registry import ConfigError, did_you_mean
 
-#: Who tells whether a picture shows its prompt.
-SCORERS = ("auto", "judge", "tower", "none")
+#: Who tells whether a picture shows its prompt; "clip" with a model of `open_clip`, as clip:ViT-B-32.
+SCORERS = ("auto", "judge", "tower", "clip", "none")
 _STEPS = 600
 
 
@@ -42,7 +43,13 @@ class Judges:
 
 
 def open_judges(
-    features: str, features_file: str | None, scorer: str, folder: Path, judge: Path | None, train: Real
+    features: str,
+    features_file: str | None,
+    scorer: str,
+    scorer_file: str | None,
+    folder: Path,
+    judge: Path | None,
+    train: Real,
 ) -> Judges:
     """The networks that are asked for.
 
@@ -50,6 +57,7 @@ def open_judges(
         features: "judge", or another name that `evaluation.features` knows, with its `features_file`.
         features_file: see `features`.
         scorer: one of `SCORERS`; "auto" is the judge for landscapes and the tower for all else.
+        scorer_file: the weights of a clip.
         folder: where networks of our own are kept.
         judge: the judge's folder; None is `judge` in `folder`.
         train: training pictures, which the tower is trained on.
@@ -58,10 +66,14 @@ def open_judges(
         ConfigError: an unknown name.
         CheckpointError: a file that cannot be read.
     """
-    if scorer not in SCORERS:
+    scorer, _, model = scorer.partition(":")
+    if scorer not in SCORERS or bool(model) != (scorer == "clip"):
         raise ConfigError(
-            f"scorer is '{scorer}', but must be one of {', '.join(SCORERS)}" + did_you_mean(scorer, SCORERS)
+            f"scorer is '{scorer}', but must be auto, judge, tower, none, or clip with a model, such as "
+            f"clip:ViT-B-32{did_you_mean(scorer, SCORERS)}"
         )
+    if (scorer_file is None) == (scorer == "clip"):
+        raise ConfigError("scorer_file is the weights of scorer=clip:MODEL; give both, or neither")
     if scorer == "auto":
         scorer = "judge" if train.is_landscapes else "tower"
     landscapes = find_judge(judge or folder / "judge") if "judge" in (features, scorer) else None
@@ -72,9 +84,19 @@ def open_judges(
     if landscapes is not None and scorer == "judge":
         described |= {"scorer": "judge", "scorer_sha256": judge_features(landscapes).sha256}
         return Judges(network, AdherenceScorer(landscapes), None, described)
-    tower = find_tower(folder / f"tower-{train.sha256[:8]}", train)
+    tower = _tower(model, scorer_file, folder, train)
     described |= {"scorer": tower.name, "scorer_sha256": tower.sha256}
     return Judges(network, TowerScorer(tower), tower, described)
+
+
+def _tower(model: str, file: str | None, folder: Path, train: Real) -> TextImageTower:
+    """CLIP's `model` from its file, or the small tower of the training pictures where there is no file."""
+    if file is None:
+        return find_tower(folder / f"tower-{train.sha256[:8]}", train)
+    try:
+        return ClipTower(load_clip(model, Path(file)))
+    except ValueError as error:
+        raise ConfigError(f"scorer 'clip:{model}': {error}") from None
 
 
 def _network(name: str, file: str | None, judge: AdherenceJudge | None) -> FeatureNetwork:

@@ -116,6 +116,7 @@ def evaluate(config: DictConfig) -> None:
         values["features"],
         values["features_file"],
         values["scorer"],
+        values["scorer_file"],
         checkpoint.home.parent,
         judge and Path(judge),
         train,
