@@ -5,6 +5,7 @@ python train.py experiment=flowers                another whole run
 python train.py data.shards=PATH stages=[autoencoder]
 python train.py base=runs/landscapes name=finer   begins with the networks of another run
 python train.py trainer.devices=2                 two processes, each with half of every batch
+python train.py launcher=slurm launcher.nodes=4  a batch job that saves, requeues itself and goes on
 python train.py plan=true devices=64 backbone=sd2 what that would need: memory, FLOPs, traffic
 python train.py --help                            groups, and every key with its value
 """
@@ -43,6 +44,7 @@ from models.registry import ConfigError, build
 from models.sampling import Job
 from models.stages.agreement import require_same_config
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
+from models.stages.cluster import Launcher, adopt_step
 from models.stages.compute import (
     Compute,
     Precision,
@@ -81,6 +83,10 @@ def train(config: DictConfig) -> None:
         estimate(values, options)
         return
     stay_with_parent()
+    adopt_step(os.environ)
+    launcher: Launcher = make("launcher", values["launcher"])
+    if launcher.takes(HydraConfig.get().overrides.task, run_folder(values)):
+        return
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         run_apart(run_folder(values))
         return

@@ -18,6 +18,7 @@ from data.datamodule import ShardData
 from data.rendered import RenderedEdits, RenderedLandscapes
 from models.registry import REGISTRY, Part, children, construct, options
 from models.stages.averages import HalflifeAverage, PowerFunctionAverage
+from models.stages.cluster import Here, Slurm
 from models.stages.compute import TrainerOptions
 from models.stages.evaluations import EvaluationOptions
 from models.stages.keep import Keep
@@ -39,6 +40,7 @@ TRAINING: dict[str, dict[str, Part]] = {
     "trainer": {"options": TrainerOptions},
     "keep": {"checkpoints": Keep},
     "evaluation": {"beside": EvaluationOptions},
+    "launcher": {"here": Here, "batch": Slurm},
     "logger": {"csv": CsvLog, "wandb": WandbLog, "tensorboard": TensorboardLog},
 }
 
@@ -90,6 +92,7 @@ class TrainConfig:
     keep: Any = MISSING
     evaluation: Any = MISSING
     logger: Any = MISSING
+    launcher: Any = MISSING
 
 
 @dataclasses.dataclass
