@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,14 +24,18 @@ from scripts.benches.findings import Findings
 from scripts.benches.loader import loader
 from scripts.benches.overhead import overhead
 from scripts.benches.sampling import sampling
+from scripts.benches.step import step
+from scripts.benches.step_arms import NotEqualError
+from scripts.benches.step_peak import PeakError
 
 #: A benchmark is a function here: its arguments, all with defaults, are its options, described under Args.
 BENCHMARKS: dict[str, Callable[..., Findings]] = {
     "loader": loader,
     "overhead": overhead,
     "sampling": sampling,
+    "step": step,
 }
-USAGE, DATA, CHECKPOINT, INTERRUPTED = 2, 3, 4, 130
+USAGE, DATA, CHECKPOINT, ENVIRONMENT, NUMERICAL, INTERRUPTED = 2, 3, 4, 5, 6, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,11 +49,14 @@ def parser() -> argparse.ArgumentParser:
         command = choices.add_parser(name, help=first, description=first)
         for argument in inspect.signature(function).parameters.values():
             about = re.search(rf"^    {argument.name}: (.*)$", text, re.MULTILINE)
+            reads: dict[str, Any] = {"type": _type(argument.annotation)}
+            if argument.annotation is bool:
+                reads = {"action": argparse.BooleanOptionalAction}
             command.add_argument(
                 f"--{argument.name.replace('_', '-')}",
-                type=_type(argument.annotation),
                 default=argument.default,
                 help=f"{about[1] if about else ''} (%(default)s)",
+                **reads,
             )
         command.add_argument("--out", type=Path, metavar="FOLDER", help=f"where {name}.json is written too")
     return options
@@ -64,7 +71,11 @@ def _type(annotation: object) -> Callable[[str], object]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 if all was measured, 2 wrong option, 3 shards that cannot be read."""
+    """Returns the exit code: 0 if all was measured.
+
+    2 is a wrong option, 3 shards or 4 a checkpoint that cannot be read, 5 a process that could not measure
+    (no memory, mostly), 6 arms that do not compute the same.
+    """
     options = parser()
     given = vars(options.parse_args(argv))
     name, out = given.pop("bench"), given.pop("out")
@@ -78,6 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return DATA
+    except PeakError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return ENVIRONMENT
+    except NotEqualError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return NUMERICAL
     except KeyboardInterrupt:
         print("bench.py: interrupted", file=sys.stderr)
         return INTERRUPTED

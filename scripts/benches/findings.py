@@ -5,7 +5,7 @@ Use: `findings = Findings("loader", figures, rows, wanted)`; `print(findings.tex
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.benches.measuring import Ratio
@@ -24,6 +24,8 @@ class Findings:
         ratios: what they are called in JSON, by wall time.
         wanted: the least that a ratio should be.
         errors: for each ratio of two ways, that of one way to itself, which says what measuring errs by.
+        most: the most that a ratio should be.
+        notes: lines under the table.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Findings:
     ratios: Mapping[str, Ratio]
     wanted: Mapping[str, float]
     errors: Mapping[str, str]
+    most: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def document(self) -> dict[str, Any]:
         """Returns the JSON object of the last line."""
@@ -40,7 +44,11 @@ class Findings:
             name: None if each.interval is None else [round(end, 4) for end in each.interval]
             for name, each in self.ratios.items()
         }
-        judged = {"wanted": self.wanted, "not_told_from_1": self.not_told()}
+        judged = {
+            **({"wanted": self.wanted} if self.wanted else {}),
+            **({"wanted_at_most": self.most} if self.most else {}),
+            "not_told_from_1": self.not_told(),
+        }
         return {"bench": self.name, **values, "intervals": intervals, **judged, **self.figures}
 
     def not_told(self) -> list[str]:
@@ -62,16 +70,18 @@ class Findings:
         ]
         width = max(map(len, self.ratios))
         for name, found in self.ratios.items():
-            least = self.wanted.get(name)
+            least, most = self.wanted.get(name), self.most.get(name)
             verdict = "" if least is None else f"  wanted {least:g}: {_verdict(found, least)}"
+            if most is not None:
+                verdict = f"  wanted at most {most:g}: {_verdict(found, most, at_most=True)}"
             unsure = "  (not told apart from 1)" if name in self.not_told() else ""
             lines.append(f"{name.ljust(width)}  {found}{verdict}{unsure}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
-def _verdict(found: Ratio, least: float) -> str:
-    said = "met" if found.value >= least else "missed"
-    sure = found.interval is not None and not found.interval[0] < least <= found.interval[1]
+def _verdict(found: Ratio, wanted: float, at_most: bool = False) -> str:
+    said = "met" if (found.value <= wanted if at_most else found.value >= wanted) else "missed"
+    sure = found.interval is not None and not found.interval[0] < wanted <= found.interval[1]
     return said if sure else f"{said}, but not surely"
 
 
