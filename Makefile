@@ -6,13 +6,24 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 NEEDED := Firstlight needs Python 3.11, 3.12 or 3.13; install one and give it: make PYTHON=/path/to/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint lock clean
+.PHONY: help demo evaluate studio arena test slow lint lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.installed  ## train a small model on this machine, from rendered landscapes to pictures; goes on where it stopped
 	@.venv/bin/python train.py resume=true
+
+evaluate: .venv/.installed  ## measure what the demo learnt: a card and a report beside its run
+	@.venv/bin/python scripts/evaluate.py checkpoint=runs/landscapes
+
+studio: .venv/.installed  ## a page to type prompts into, for every run below runs/; prints its address
+	@.venv/bin/python scripts/studio.py
+
+arena: .venv/.installed  ## blind votes between two ways to sample the demo; prints its address
+	@test -d arenas/landscapes || .venv/bin/python scripts/arena.py make arenas/landscapes --prompts docs/landscape_prompts.jsonl \
+		--checkpoint quick runs/landscapes num_steps=2 --checkpoint usual runs/landscapes
+	@.venv/bin/python scripts/arena.py serve arenas/landscapes
 
 test: .venv/.installed  ## the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest --numprocesses=auto --dist=loadfile

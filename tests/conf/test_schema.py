@@ -12,12 +12,15 @@ from conf.cli import FOLDER, _refuse_targets, explain
 from conf.schema import TRAINING, make, plain, register
 from models.loading import build_networks
 from models.registry import REGISTRY, ConfigError, build, children, options
+from scripts.sweep import read
 
+#: Whole commands as differences, of train.py and of sweep.py.
+WHOLE = ("experiment", "sweep")
 EXPERIMENTS = sorted(path.stem for path in (FOLDER / "experiment").glob("*.yaml"))
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in FOLDER.iterdir()
-    if folder.is_dir() and folder.name != "experiment" and any(folder.glob("*.yaml"))
+    if folder.is_dir() and folder.name not in WHOLE and any(folder.glob("*.yaml"))
 }
 GROUPS = {**REGISTRY, **TRAINING}
 
@@ -46,13 +49,22 @@ def build_everything(values: dict[str, Any]) -> None:
     for stage in ("autoencoder", "diffusion"):
         make(f"plan/{stage}", values["plan"][stage])
         make(f"optimizer/{stage}", values["optimizer"][stage])
-    for group in ("reconstruction", "data", "rendered", "trainer", "logger"):
+    for group in ("reconstruction", "data", "rendered", "trainer", "logger", "launcher"):
         make(group, values[group])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(experiment: str) -> None:
     build_everything(plain(compose(f"experiment={experiment}")))
+
+
+def test_every_sweep_composes_and_names_keys_of_train() -> None:
+    known = plain(compose())
+    for path in (FOLDER / "sweep").glob("*.yaml"):
+        values = plain(compose(f"sweep={path.stem}", name="sweep"))
+        asked = read(values)
+        for key in (*asked.space.described, *(word.partition("=")[0] for word in asked.base)):
+            node(known, key.replace(".", "/"))
 
 
 @pytest.mark.parametrize("turn", range(max(map(len, CHOICES.values()))))
@@ -77,6 +89,15 @@ def node(values: dict[str, Any], group: str) -> dict[str, Any]:
     for key in group.split("/"):
         values = values[key]
     return values
+
+
+def test_every_sweep_composes_and_names_keys_of_train() -> None:
+    known = plain(compose())
+    for path in (FOLDER / "sweep").glob("*.yaml"):
+        values = plain(compose(f"sweep={path.stem}", name="sweep"))
+        asked = read(values)
+        for key in (*asked.space.described, *(word.partition("=")[0] for word in asked.base)):
+            node(known, key.replace(".", "/"))
 
 
 @pytest.mark.parametrize("turn", range(max(map(len, GROUPS.values()))))
