@@ -12,7 +12,7 @@ from conf.cli import FOLDER, _refuse_targets, explain
 from conf.schema import TRAINING, make, plain, register
 from models.loading import build_networks
 from models.registry import REGISTRY, ConfigError, build, children, options
-from scripts.sweep import read
+from scripts.sweep import read as read_sweep
 
 #: Whole commands as differences, of train.py and of sweep.py.
 WHOLE = ("experiment", "sweep")
@@ -62,7 +62,7 @@ def test_every_sweep_composes_and_names_keys_of_train() -> None:
     known = plain(compose())
     for path in (FOLDER / "sweep").glob("*.yaml"):
         values = plain(compose(f"sweep={path.stem}", name="sweep"))
-        asked = read(values)
+        asked = read_sweep(values)
         for key in (*asked.space.described, *(word.partition("=")[0] for word in asked.base)):
             node(known, key.replace(".", "/"))
 
@@ -89,15 +89,6 @@ def node(values: dict[str, Any], group: str) -> dict[str, Any]:
     for key in group.split("/"):
         values = values[key]
     return values
-
-
-def test_every_sweep_composes_and_names_keys_of_train() -> None:
-    known = plain(compose())
-    for path in (FOLDER / "sweep").glob("*.yaml"):
-        values = plain(compose(f"sweep={path.stem}", name="sweep"))
-        asked = read(values)
-        for key in (*asked.space.described, *(word.partition("=")[0] for word in asked.base)):
-            node(known, key.replace(".", "/"))
 
 
 @pytest.mark.parametrize("turn", range(max(map(len, GROUPS.values()))))
