@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from models.blocks import Block, attention
 from models.conditioning import Conditioning
+from models.float8 import Linear
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +130,13 @@ class TextBlock(Block):
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out = Linear(width, width)
         self.norm_feed = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
+        self.expand = Linear(width, 4 * width)
+        self.contract = Linear(4 * width, width)
 
     def run(self, x: Tensor, mask: Tensor) -> Tensor:
         """The transformed tokens [B L D]; `mask` [L L] is True where a query may see a key."""

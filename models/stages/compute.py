@@ -21,21 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import Block
+from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages.faults import NotFinite
 
 #: Whether channels-last is faster, by what multiplies bfloat16; the figures are in docs/decisions/0002.
 _CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False}
+#: Of the first GPUs that multiply 8 bits.
+FP8_CAPABILITY = (8, 9)
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
 COMPILE_PAYS_AFTER = 1200
 
 
 class Precision(Enum):
-    """What the networks multiply in; `auto` chooses."""
+    """What the networks multiply in; `auto` chooses. `fp8` is bfloat16 but for the blocks' linear layers."""
 
     auto = "auto"
     fp32 = "float32"
     bf16 = "bfloat16"
+    fp8 = "float8"
 
 
 class Switch(Enum):
@@ -179,6 +183,8 @@ class Compute:
     #: What is compiled are blocks instead of whole networks; blocks are computed again in the backward pass.
     by_block: bool = False
     recompute: bool = False
+    #: The linear layers of transformers multiply in 8 bits while they are trained.
+    fp8: bool = False
 
     def document(self) -> dict[str, Any]:
         """What to compute alike takes, as JSON values; without the reason."""
@@ -220,6 +226,9 @@ class Compute:
         if compiled:
             # One compiled program serves blocks of one kind and shape; there may be as many as blocks.
             allow_shapes(len(blocks))
+        for module in networks.modules():
+            if isinstance(module, Linear):
+                module.float8 = self.fp8
         for block in blocks:
             block.recompute = self.recompute
             block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
@@ -230,6 +239,7 @@ class Compute:
 
     def __str__(self) -> str:
         precision = "bfloat16 autocast" if self.bf16 else "float32"
+        precision += ", float8 linears" if self.fp8 else ""
         layout = "channels-last" if self.channels_last else "channels-first"
         compiled = f"compiled{' by the block' if self.by_block else ''}" if self.compiled else "eager"
         how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
@@ -261,7 +271,13 @@ def decide(
     device = device_of(options)
     on_gpu = device.type == "cuda"
     instructions = "GPU" if on_gpu else _bf16_instructions()
-    precisions = {Precision.fp32: [False], Precision.bf16: [True]}.get(
+    fp8 = options.precision is Precision.fp8
+    if fp8 and not (on_gpu and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
+        raise ConfigError(
+            "trainer.precision is fp8, which needs a GPU of compute capability 8.9 or more (Ada, Hopper, "
+            "Blackwell); use trainer.precision=bf16"
+        )
+    precisions = {Precision.fp32: [False], Precision.bf16: [True], Precision.fp8: [True]}.get(
         options.precision, [True] if instructions else [True, False]
     )
     layouts = [_CHANNELS_LAST[instructions]] if instructions else [True, False]
@@ -279,7 +295,9 @@ def decide(
         (step_seconds(way), way)
         for bf16 in precisions
         for layout in layouts
-        for way in [Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations)]
+        for way in [
+            Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations, fp8)
+        ]
     ]
     seconds, best = min(timed, key=lambda pair: pair[0])
     if may_compile and seconds * steps > COMPILE_PAYS_AFTER:

@@ -80,6 +80,7 @@ def stages(options: Any) -> list[Any]:
     from models.loading import build_networks
     from models.registry import build
     from models.stages.autoencoder import AutoencoderStage
+    from models.stages.averages import PowerFunctionAverage
     from models.stages.compute import Compute
     from models.stages.diffusion import DiffusionStage
     from models.stages.losses import ReconstructionLoss
@@ -99,8 +100,11 @@ def stages(options: Any) -> list[Any]:
     objective = build("objective", CONFIG["objective"])
     return [
         AutoencoderStage(autoencoder, ReconstructionLoss(), AdamW(2e-3), plan, here, 0),
-        DiffusionStage(frozen, text_encoder, backbone, objective, 0.1, AdamW(2e-3), plan, here, 0),
-    ]
+        DiffusionStage(
+            frozen, text_encoder, backbone, objective, 0.1, AdamW(2e-3), plan, here, 0,
+            PowerFunctionAverage((0.05, 0.10), snapshot_every_images=BATCH, half=False),
+        ),
+    ]  # fmt: skip
 
 
 def run(folder: Path, words: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from models.checkpoint import Checkpoint, newest
+from models.stages.snapshots import reconstruct
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parent / "spread.py"
@@ -24,7 +25,7 @@ def train(folder: Path, ranks: int, *words: str, code: int = 0) -> Path:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(SCRIPT), str(folder), str(ranks), *words]
     ended = subprocess.run(
-        command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
+        command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580
     )
     assert ended.returncode == code, ended.stdout + ended.stderr
     return folder
@@ -48,7 +49,7 @@ def assert_close(mine: Path, theirs: Path, *stages: str) -> None:
         assert losses(mine, stage) == pytest.approx(losses(theirs, stage), rel=2e-6)
         one, other = last(mine, stage), last(theirs, stage)
         assert one.images == other.images == 48
-        for name in ("weights", "ema", "optimizer"):
+        for name in ("weights", "ema", "optimizer", *(["ema_1"] if stage == "diffusion" else [])):
             tensors, wanted = one.tensors(name), other.tensors(name)
             assert tensors.keys() == wanted.keys()
             for key, tensor in tensors.items():
@@ -80,6 +81,16 @@ def test_two_that_share_a_model_learn_what_one_learns(alone: Path, two: Path) ->
     sizes = [path.stat().st_size for path in sorted(checkpoint.folder.glob("weights-*-of-00002.safetensors"))]
     assert len(sizes) == 2
     assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_another_average_is_made_of_what_two_have_snapped(alone: Path, two: Path) -> None:
+    mine, wanted = (reconstruct(run / "diffusion" / "averages", 0.13) for run in (two, alone))
+    assert mine.keys() == wanted.keys() == last(alone, "diffusion").tensors("ema").keys()
+    for key, tensor in mine.items():
+        torch.testing.assert_close(tensor, wanted[key], rtol=1e-4, atol=1e-5, msg=key)
+    snapped = reconstruct(two / "diffusion" / "averages", 0.05)
+    tracked = last(two, "diffusion").tensors("ema")
+    assert all(torch.allclose(snapped[key], tracked[key], atol=1e-5) for key in tracked)
 
 
 def test_four_that_share_two_models_learn_the_same(alone: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from models.blocks import TransformerBlock
+from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages import compute as module
 from models.stages.compute import Accelerator, Compute, Precision, Switch, TrainerOptions, decide, set_threads
@@ -116,3 +118,30 @@ def test_autocast_and_layout() -> None:
     with way.autocast():
         assert network(images).dtype is torch.bfloat16
     assert network.weight.dtype is torch.float32
+
+
+def test_eight_bits_are_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TrainerOptions(precision=Precision.fp8)
+    with pytest.raises(ConfigError, match="needs a GPU of compute capability"):
+        decide(options, Timer(lambda way: 1.0), 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    with pytest.raises(ConfigError, match="needs a GPU of compute capability"):
+        decide(options, Timer(lambda way: 1.0), 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    way = decide(options, Timer(lambda way: 1.0), 1)[0]
+    assert (way.fp8, way.bf16) == (True, True)
+
+
+def test_blocks_compute_as_they_are_told() -> None:
+    network = TransformerBlock(32, 2, 32)
+    way = Compute(torch.device("cpu"), True, False, False, "", recompute=True, fp8=True)
+    way.set_blocks(network)
+    layers = [module for module in network.modules() if isinstance(module, Linear)]
+    assert network.recompute
+    assert len(layers) == 10
+    assert all(layer.float8 for layer in layers)
+    assert Compute.read(way.document(), "") == way
+    Compute(torch.device("cpu"), True, False, False, "").set_blocks(network)
+    assert not network.recompute
+    assert not any(layer.float8 for layer in layers)
