@@ -1,9 +1,9 @@
 """A linear layer that can multiply in 8 bits.
 
 Weights stay float32. With `float8` set, weight and input become e4m3 and the gradient e5m2 (Micikevicius et
-al. 2022, arXiv:2209.05433), each divided by one scale a tensor, taken from its own largest number at each call.
-The three products of forward and backward pass are `torch._scaled_mm`, summed in float32 and given as
-bfloat16. Used by the blocks (`models.blocks`), switched on by `trainer.precision=fp8`.
+al. 2022, arXiv:2209.05433), each divided by one scale a tensor, from its own largest number at each call. The
+three products of forward and backward pass are `torch._scaled_mm`, summed in float32, given as bfloat16.
+Used by the blocks (`models.blocks`), switched on by `trainer.precision=fp8`.
 """
 
 from typing import Any
