@@ -16,7 +16,7 @@ from scripts.benches import step as step_module
 from scripts.benches.findings import Findings
 from scripts.benches.measuring import Ratio
 from scripts.benches.overhead import composed
-from scripts.benches.step import OURS, THEIRS, best_way, make_problem, narrow, would_measure
+from scripts.benches.step import OURS, THEIRS, best_way, ceilings, make_problem, narrow, would_measure
 from scripts.benches.step_arms import Batch, NotEqualError, Problem, Steps, Theirs, loss, parity
 from scripts.benches.step_peak import peak
 
@@ -99,6 +99,15 @@ def test_the_fastest_way_is_theirs(monkeypatch: Any, theirs: Theirs) -> None:
     assert min(value for value in times.values() if value) == 1.0
     # Float32 takes over twice as long as the fastest, and bf16 channels-first just twice: not compiled.
     assert [way for way in tried if way.compiled] == [replace(best, reason="")]
+
+
+def test_one_precision_has_one_ceiling(monkeypatch: Any) -> None:
+    """The most that any try reached, whichever arm it was of: a stalled try would flatter one arm."""
+    tries = iter([1.0, 5.0, 3.0, 2.0, 1.0, 4.0])
+    monkeypatch.setattr(step_module, "matmul_ceiling", lambda way: next(tries))
+    assert ceilings({OURS: CPU, THEIRS: replace(CPU, channels_last=True)}) == {OURS: 5.0, THEIRS: 5.0}
+    tries = iter([1.0, 5.0, 3.0, 2.0, 1.0, 4.0])
+    assert ceilings({OURS: CPU, THEIRS: replace(CPU, bf16=True)}) == {OURS: 3.0, THEIRS: 5.0}
 
 
 @pytest.mark.slow
