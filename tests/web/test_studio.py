@@ -267,7 +267,7 @@ def test_the_queue_is_bounded_and_an_order_is_its_visitors_alone() -> None:
 
 def test_a_painter_goes_on_after_a_failure_and_names_no_path_of_the_machine(runs: Path) -> None:
     def fails(source: object) -> Any:
-        raise RuntimeError("/home/me: secret")
+        raise RuntimeError("somewhere: secret")
 
     shelf = Shelf([Place.of("runs/first")], torch.device("cpu"))
     painter = Painter(shelf, Album(Path("album")))
