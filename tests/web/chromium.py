@@ -88,6 +88,7 @@ def page_of(
 def shoot(page: Any, name: str) -> None:
     """Takes a picture for the documentation, where that is asked for."""
     if SHOTS:
+        page.wait_for_timeout(600)  # what moves has come to rest
         page.screenshot(path=str(Path(SHOTS) / name))
 
 

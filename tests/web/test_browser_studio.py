@@ -24,7 +24,7 @@ from web.album import Album
 from web.painter import Painter
 from web.security import Buckets
 from web.shelf import Place, Shelf
-from web.studio import studio_part
+from web.studio import PAGE, studio_part
 
 PROMPT = "a clear dawn over the sea, the sun on the left"
 #: Counts the previews that are shown, as a person would see them.
@@ -145,6 +145,9 @@ def side_by_side(page: Any, album: Album) -> None:
 def history_is_kept(page: Any, album: Album) -> None:
     """All that was painted is below, and its settings can be used again; also after a reload."""
     page.reload()
+    for first in range(PAGE, len(album), PAGE):
+        page.locator("#thumbnails li").nth(first - 1).wait_for()
+        page.locator("#older").click()
     page.locator("#thumbnails li").nth(len(album) - 1).wait_for()
     assert page.locator("#thumbnails li").count() == len(album)
     is_ready(page, 2)
@@ -197,7 +200,11 @@ def test_a_trained_model_in_a_browser(tmp_path: Path) -> None:
                 mask_keeps_the_rest(page, album, name)
                 side_by_side(page, album)
                 if size == DESKTOP:
-                    for prompt in ("a clear night over hills, the moon on the right", "a cloudy noon over snowy mountains", "a clear dusk over the desert"):  # fmt: skip # noqa: E501
+                    for prompt in (
+                        "a clear night over hills, the moon on the right",
+                        "a cloudy noon over mountains",
+                        "a clear dusk over the sea, the sun in the middle",
+                    ):
                         paint(page, prompt=prompt, num_images=4, seed=3)
                     page.set_viewport_size({"width": 1280, "height": 940})
                     page.evaluate("scrollTo(0, 0)")
