@@ -200,7 +200,7 @@ class SweepConfig:
     failures: int = 3  # trials that may fail
     parallel: int = 1
     devices: int = 1  # of each trial
-    launcher: str = "here"  # or slurm
+    where: str = "here"  # trials run here, or by slurm
     slurm: list[str] = dataclasses.field(default_factory=list)  # options of sbatch
     debug: bool = False
 

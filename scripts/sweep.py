@@ -2,7 +2,7 @@
 
     python scripts/sweep.py sweep=rates                  conf/sweep/rates.yaml
     python scripts/sweep.py sweep=rates trials=24 parallel=2 name=longer
-    python scripts/sweep.py sweep=rates launcher=slurm 'slurm=[--gres=gpu:8,--time=4:00:00]' devices=8
+    python scripts/sweep.py sweep=rates where=slurm 'slurm=[--gres=gpu:8,--time=4:00:00]' devices=8
 
 A sweep that was stopped or killed goes on with the same command: what was running is taken up with its
 number, its values and its checkpoints. `runs/<name>/study.html` is the page about it, written after every
@@ -77,7 +77,7 @@ def how_to_run(values: dict[str, Any], asked: Asked) -> list[str]:
     """Overrides that every trial gets beside what is varied: its devices and threads, its group of runs."""
     given = {word.partition("=")[0] for word in asked.base}
     extra = [f"trainer.devices={values['devices']}"] if values["devices"] > 1 else []
-    if "trainer.threads" not in given and values["launcher"] == "here":
+    if "trainer.threads" not in given and values["where"] == "here":
         cores = len(os.sched_getaffinity(0)) // (values["parallel"] * values["devices"])
         extra.append(f"trainer.threads={max(1, cores)}")
     if "logger=wandb" in asked.base and "logger.group" not in given:
@@ -87,11 +87,11 @@ def how_to_run(values: dict[str, Any], asked: Asked) -> list[str]:
 
 def make_runner(values: dict[str, Any], folder: Path) -> Runner:
     """Who runs the trials; raises ConfigError for nobody known."""
-    if values["launcher"] == "here":
+    if values["where"] == "here":
         return Here(values["parallel"], values["devices"])
-    if values["launcher"] == "slurm":
+    if values["where"] == "slurm":
         return Slurm(values["parallel"], folder.absolute(), [str(option) for option in values["slurm"]])
-    raise ConfigError(f"launcher is '{values['launcher']}', but must be here or slurm")
+    raise ConfigError(f"where is '{values['launcher']}', but must be here or slurm")
 
 
 if __name__ == "__main__":

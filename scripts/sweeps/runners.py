@@ -171,7 +171,7 @@ def _ask(*command: str, wanted: bool = False) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise OSError(f"{command[0]} is not here; launcher=slurm needs SLURM's commands on PATH") from None
+        raise OSError(f"{command[0]} is not here; where=slurm needs SLURM's commands on PATH") from None
     if done.returncode and wanted:
         raise OSError(f"{command[0]} failed: {done.stderr.strip()[:200]}")
     return "" if done.returncode else done.stdout.strip()

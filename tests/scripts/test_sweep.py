@@ -341,7 +341,7 @@ def test_slurm_that_is_not_here_is_said(tmp_path: Path, monkeypatch: Any) -> Non
         (["sweep=rtaes"], "there is no sweep=rtaes (did you mean 'rates'?)"),
         ([], "space is empty"),
         (["sweep=rates", "search=tpee"], "search is 'tpee', but must be tpe or grid"),
-        (["sweep=rates", "launcher=slrum"], "launcher is 'slrum', but must be here or slurm"),
+        (["sweep=rates", "where=slrum"], "where is 'slrum', but must be here or slurm"),
         (["sweep=rates", "parallel=0"], "parallel is 0, but must be at least 1"),
         (["sweep=rates", "trails=3"], "did you mean 'trials'"),
         (["sweep=rates", "metrics={diffusion.val_loss: up}"], "must be minimize or maximize"),
