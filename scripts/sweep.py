@@ -91,7 +91,7 @@ def make_runner(values: dict[str, Any], folder: Path) -> Runner:
         return Here(values["parallel"], values["devices"])
     if values["where"] == "slurm":
         return Slurm(values["parallel"], folder.absolute(), [str(option) for option in values["slurm"]])
-    raise ConfigError(f"where is '{values['launcher']}', but must be here or slurm")
+    raise ConfigError(f"where is '{values['where']}', but must be here or slurm")
 
 
 if __name__ == "__main__":
