@@ -143,6 +143,27 @@ def test_a_mask_and_a_start_are_those_of_the_command(runs: Path, command: Comman
             assert painter.album.png(told["pictures"][0][0]) == (Path(output) / "00000.png").read_bytes()
 
 
+def test_a_checkpoint_that_edits_takes_a_picture_and_an_instruction(
+    make_run: Callable[..., Path], tiny_config: dict[str, Any], command: Command
+) -> None:
+    backbone = {**tiny_config["backbone"], "image_conditioning": True}
+    make_run(Path("runs/edits"), {**tiny_config, "backbone": backbone}, 3)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(picture).save("picture.png")
+    with studio() as (browser, painter):
+        offer = ready(browser)["runs/edits"]
+        assert offer["edits"]
+        asked = {"checkpoints": [offer["id"]], "prompt": "at night", "num_images": 2}
+        told = paint(browser, **asked, image=posted(picture), image_guidance_scale=1.2)[-1]
+        words = ["prompt=at night", "num_images=2", "image=picture.png", "image_guidance_scale=1.2"]
+        assert command("sample", "checkpoint=runs/edits", "device=cpu", *words, "output=out") == 0
+        made = [painter.album.png(name) for name in told["pictures"][0]]
+        assert made == [Path(f"out/0000{k}.png").read_bytes() for k in range(2)]
+        assert "give one with image" in paint(browser, **asked)[-1]["error"]
+        refused = paint(browser, **asked, image=posted(picture), mask=posted(picture[:, :, 0]))[-1]
+        assert "edits by instruction" in refused["error"]
+
+
 def test_two_checkpoints_side_by_side_and_every_step(runs: Path) -> None:
     with studio() as (browser, painter):
         offers = ready(browser)
