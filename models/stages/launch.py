@@ -76,7 +76,8 @@ def run_command(command: Sequence[str]) -> int:
 
 def stay_with_parent() -> None:
     """Ends this process soon after the one that launched it, if that is killed."""
-    parent = os.environ.get(PARENT)
+    # Taken out: what this process starts has another parent, a job that sbatch gives this environment too.
+    parent = os.environ.pop(PARENT, None)
     if parent is None:
         return
 
@@ -122,7 +123,7 @@ def _watch(ranks: list["subprocess.Popen[bytes]"], script: str, again: str) -> i
     waiting = [rank for rank, process in enumerate(ranks) if process.poll() is None]
     if waiting and (code := ranks[failed[0]].returncode) > 0:
         print(
-            f"train.py: rank {failed[0]} (process {ranks[failed[0]].pid}) ended with code {code} while "
+            f"{script}.py: rank {failed[0]} (process {ranks[failed[0]].pid}) ended with code {code} while "
             f"{len(waiting)} waited for it; all end; what it said is above",
             file=sys.stderr, flush=True,
         )  # fmt: skip

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from models.stages.launch import PARENT
+
 #: Seconds that a trial gets to save and end, when it is asked to.
 _GRACE = 120.0
-_PARENT = "FIRSTLIGHT_PARENT"  # train.py ends soon after the process of this number
 _NEVER_RAN, _UNKNOWN = 5, 5
 
 
@@ -86,7 +87,7 @@ class Here(Runner):
     def start(self, number: int, command: Sequence[str], log: Path) -> Job:
         slot = next(k for k, job in enumerate(self._jobs) if job is None or job.ended() is not None)
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environment[_PARENT] = str(os.getpid())
+        environment[PARENT] = str(os.getpid())
         if torch.cuda.is_available():
             first = slot * self.devices
             mine = range(first, first + self.devices)
