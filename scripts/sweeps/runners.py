@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 
+from data.arrays import write_atomic
 from models.stages.launch import PARENT
+from models.stages.ranks import VARIABLES
 
 #: Seconds that a trial gets to save and end, when it is asked to.
 _GRACE = 120.0
@@ -86,7 +88,7 @@ class Here(Runner):
 
     def start(self, number: int, command: Sequence[str], log: Path) -> Job:
         slot = next(k for k, job in enumerate(self._jobs) if job is None or job.ended() is not None)
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environment = _unplaced()
         environment[PARENT] = str(os.getpid())
         if torch.cuda.is_available():
             first = slot * self.devices
@@ -153,14 +155,19 @@ class Slurm(Runner):
         lines += ["#SBATCH --open-mode=append", "#SBATCH --requeue"]
         # exec: the signal that SLURM sends to the batch shell reaches train.py, which saves.
         lines += [f"cd {shlex.quote(str(Path.cwd()))}", f"exec {shlex.join(command)}"]
-        script.write_text("\n".join(lines) + "\n")
+        write_atomic(script, ("\n".join(lines) + "\n").encode())
         job = SlurmJob(_ask("sbatch", "--parsable", str(script), wanted=True).partition(";")[0])
-        (self.folder / f"{number:03d}.job").write_text(job.id)
+        write_atomic(self.folder / f"{number:03d}.job", job.id.encode())
         return job
 
     def find(self, number: int) -> Job | None:
         path = self.folder / f"{number:03d}.job"
         return SlurmJob(path.read_text().strip()) if path.exists() else None
+
+
+def _unplaced() -> dict[str, str]:
+    """The environment without the place that a launcher gave this process among others."""
+    return {key: value for key, value in os.environ.items() if key not in (*VARIABLES, "LOCAL_WORLD_SIZE")}
 
 
 def _ask(*command: str, wanted: bool = False) -> str:
@@ -170,7 +177,7 @@ def _ask(*command: str, wanted: bool = False) -> str:
         OSError: SLURM is not here, or what was wanted failed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_unplaced())
     except FileNotFoundError:
         raise OSError(f"{command[0]} is not here; where=slurm needs SLURM's commands on PATH") from None
     if done.returncode and wanted:
