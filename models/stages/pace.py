@@ -24,8 +24,8 @@ from models.stages.effort import Effort
 from models.stages.ranks import Ranks
 from models.stages.stage import Stage
 
-#: A rank so many times as slow as the median one is a straggler.
-STRAGGLER = 1.25
+#: A rank so many times as slow as the median one, in so many lines of metrics in a row, is a straggler.
+STRAGGLER, _IN_A_ROW = 1.25, 3
 #: Edges of the histogram of step times: four bins an octave from a millisecond to about 70 minutes.
 _FINE, _BINS = 4, 88
 
@@ -53,6 +53,7 @@ class Pace(Callback):
         self._ended = self._started = 0.0
         self._mark: Any = None
         self._told: set[int] = set()
+        self._slow: list[int | None] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._ended = time.perf_counter()
@@ -111,7 +112,9 @@ class Pace(Callback):
         return found
 
     def _tell(self, slowest: int, factor: float) -> None:
-        if factor > STRAGGLER and slowest not in self._told and self.ranks.first:
+        self._slow = [*self._slow, slowest if factor > STRAGGLER else None][-_IN_A_ROW:]
+        always = self._slow == [slowest] * _IN_A_ROW
+        if always and slowest not in self._told and self.ranks.first:
             self._told.add(slowest)
             log.warning(
                 "stage %s: rank %d needs %.1f times as long as the others for its data and its forward pass, "
