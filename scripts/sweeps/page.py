@@ -28,6 +28,8 @@ from scripts.sweeps.space import words_of
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+#: What train.py composes where no experiment is named.
+_EXPERIMENT = "landscapes"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -124,17 +126,18 @@ class StudyPage:
             "# The same without the file:",
             f"#   {self.command(trial)}",
         ]
-        defaults: list[Any] = []
+        given = [word.partition("=")[2] for word in self.base if word.startswith("experiment=")]
+        defaults: list[Any] = [given[-1] if given else _EXPERIMENT]  # else it would take that one's place
         values: Any = OmegaConf.create({})
         for word in [*self.base, *words_of(trial.params)]:
             key, _, text = word.lstrip("+").partition("=")
             if key == "experiment":
-                defaults.insert(0, text)
-            elif (FOLDER / key).is_dir():
+                continue
+            if (FOLDER / key).is_dir():
                 defaults.append({f"override /{key}": text})
             else:
                 values = OmegaConf.merge(values, OmegaConf.from_dotlist([f"{key}={text}"]))
-        body = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults})) if defaults else ""
+        body = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults}))
         return "\n".join(head) + "\n" + body + (OmegaConf.to_yaml(values) if len(values) else "")
 
     def _table(self, trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial]) -> str:

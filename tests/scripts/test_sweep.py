@@ -12,8 +12,11 @@ from typing import Any
 
 import optuna
 import pytest
+from hydra import compose, initialize_config_dir
 from optuna.trial import TrialState
 
+from conf.cli import FOLDER
+from conf.schema import plain, register
 from models.registry import ConfigError
 from scripts.sweeps import driver
 from scripts.sweeps.driver import Asked, Sweep, best_of, locked, open_study
@@ -279,6 +282,23 @@ def test_what_mattered_is_found(tmp_path: Path) -> None:
     space = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "width": {"choices": [8, 9]}}
     shares = importances(run(tmp_path / "s", asked(12, space)), ["loss"])["loss"]
     assert shares["lr"] > shares["width"]
+
+
+def test_the_best_as_a_file_composes_what_the_command_does(tmp_path: Path) -> None:
+    base = ["backbone=small", "stages=[diffusion]", "plan.diffusion.images=6_000"]
+    space = {"optimizer.diffusion.lr": {"choices": [0.002]}, "backbone.head_dim": {"choices": [16]}}
+    study = open_study(tmp_path, asked(1, space, base=base))
+    trial = study.ask()
+    params = Space(space).suggest(trial)
+    study.tell(trial, 0.25)
+    (tmp_path / "experiment").mkdir()
+    text = StudyPage(tmp_path, ["loss"], base, []).best_yaml(study.get_trials()[0])
+    (tmp_path / "experiment" / "best.yaml").write_text(text)
+    register()
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        there = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=best"]
+        by_file, by_words = compose("train", there), compose("train", [*base, *words_of(params)])
+    assert plain(by_file) == plain(by_words)
 
 
 def test_the_best_as_a_file_is_an_experiment(tmp_path: Path) -> None:
