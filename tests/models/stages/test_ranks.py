@@ -135,7 +135,7 @@ def test_a_signal_to_the_parent_reaches_every_rank(tmp_path: Path) -> None:
 seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
 ranks.wait()
-os.write(1, b"ready\n")
+os.write(1, b"ready\\n")
 while not seen:
     time.sleep(0.02)
 ranks.wait()
@@ -152,7 +152,7 @@ os._exit(143)
 def test_orphans_end_by_themselves(tmp_path: Path) -> None:
     process = script(tmp_path, """
 ranks.wait()
-print(os.getpid(), flush=True)
+os.write(1, b"%d\\n" % os.getpid())  # at once: two processes share the pipe
 time.sleep(60)
 """)  # fmt: skip
     assert process.stdout is not None
