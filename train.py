@@ -159,7 +159,8 @@ def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
     """
     plan = make("plan/diffusion", values["plan"]["diffusion"])
     anatomy = dissect(values, options.precision is not Precision.fp32)
-    show_estimate(anatomy, layouts(options.devices, 0), plan.batch_size, options.accumulate, plan.images)
+    given = layouts(options.devices, options.shards)
+    show_estimate(anatomy, given, plan.batch_size, options.accumulate, plan.images)
 
 
 class Run:

@@ -20,8 +20,7 @@ Numbers do not depend on the order of the pictures or on the number of threads, 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.index import key_hash
+from models.portions import one_thread
 
 #: Sets drawn of the real pictures of a class, and of a prompt's where it has more than are compared.
 SUBSETS = 100
@@ -173,7 +173,7 @@ def measure_real(
         raise ValueError(f"count {count}, subsets {subsets}; take at least {FEWEST} and 2")
     _check(features, classes)
     levels = {}
-    with _one_thread():
+    with one_thread():
         for name, numbers in _grouped(classes).items():
             if len(numbers) >= 2 * FEWEST:
                 levels[name] = _level(_sorted(features[numbers]), name, count, seed, subsets)
@@ -200,7 +200,7 @@ def measure_variety(
     _check(features, prompts)
     _check(features, classes)
     rows, left_out = [], []
-    with _one_thread():
+    with one_thread():
         for prompt, numbers in _grouped(prompts).items():
             of = {classes[number] for number in numbers}
             if len(of) > 1:
@@ -308,14 +308,3 @@ def _check(features: Tensor, names: Sequence[str]) -> None:
         )
     if not bool(features.isfinite().all()):
         raise ValueError("features hold values that are not finite; look for a damaged network")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order whatever number of threads torch has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
