@@ -24,13 +24,14 @@ from models.stages.evaluations import EvaluationOptions
 from models.stages.keep import Keep
 from models.stages.logs import CsvLog, TensorboardLog, WandbLog
 from models.stages.losses import ReconstructionLoss
+from models.stages.muon import Muon
 from models.stages.optim import AdamW
 from models.stages.plan import Plan
 
 #: Parts of training, which no checkpoint needs to be sampled from.
 TRAINING: dict[str, dict[str, Part]] = {
-    "optimizer/autoencoder": {"adamw": AdamW},
-    "optimizer/diffusion": {"adamw": AdamW},
+    "optimizer/autoencoder": {"adamw": AdamW, "muon": Muon},
+    "optimizer/diffusion": {"adamw": AdamW, "muon": Muon},
     "plan/autoencoder": {"plan": Plan},
     "plan/diffusion": {"plan": Plan},
     "ema": {"halflife": HalflifeAverage, "power": PowerFunctionAverage},

@@ -135,4 +135,4 @@ class AutoencoderStage(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
-        return self.optimizer_settings.build(self.networks.named_parameters())
+        return self.optimizer_settings.build(self.networks)

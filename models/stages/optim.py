@@ -17,8 +17,8 @@ class OptimizerSettings(ABC):
     lr: float
 
     @abstractmethod
-    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """The optimizer; every group's `lr` is the peak learning rate."""
+    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of what `network` trains; every group's `lr` is the peak learning rate."""
 
 
 class AdamW(OptimizerSettings):
@@ -52,8 +52,12 @@ class AdamW(OptimizerSettings):
         self.weight_decay = weight_decay
         self.eps = eps
 
-    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+        return self.of(network.parameters())
+
+    def of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of those `parameters` that are trained."""
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

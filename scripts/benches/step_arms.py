@@ -179,7 +179,7 @@ class Steps:
         compute.set_blocks(network)
         self.compute = compute
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = AdamW(lr=1e-4).build(network.named_parameters())
+        self.optimizer = AdamW(lr=1e-4).build(network)
         self._call = compute.call(network)
         self._batches = [batch.lay_out(compute) for batch in batches]
         self._made = 0

@@ -13,7 +13,7 @@ from models.stages.autoencoder import AutoencoderStage
 from models.stages.compute import Compute
 from models.stages.diffusion import DiffusionStage
 from models.stages.losses import ReconstructionLoss
-from models.stages.optim import AdamW
+from models.stages.optim import AdamW, OptimizerSettings
 from models.stages.plan import Plan
 from models.text_encoder import Tokenizer
 
@@ -48,17 +48,23 @@ def make_stage(compute: Compute, tiny_config: dict[str, Any]) -> Callable[..., A
     """`make_stage("diffusion", seed=0, plan=..., dropout=...)`: a fresh stage of tiny networks."""
 
     def make(
-        name: str, seed: int = 0, plan: Plan | None = None, dropout: float = 0.1, **parts: dict[str, Any]
+        name: str,
+        seed: int = 0,
+        plan: Plan | None = None,
+        dropout: float = 0.1,
+        optimizer: OptimizerSettings | None = None,
+        **parts: dict[str, Any],
     ) -> AutoencoderStage | DiffusionStage:
+        optimizer = AdamW(2e-3) if optimizer is None else optimizer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             autoencoder, text_encoder, backbone = build_networks(tiny_config | parts)
         plan = plan if plan is not None else Plan(batch_size=4, images=16, warmup_images=0)
         if name == "autoencoder":
-            return AutoencoderStage(autoencoder, ReconstructionLoss(), AdamW(2e-3), plan, compute, 0)
+            return AutoencoderStage(autoencoder, ReconstructionLoss(), optimizer, plan, compute, 0)
         objective = build("objective", tiny_config["objective"])
         return DiffusionStage(
-            autoencoder, text_encoder, backbone, objective, dropout, AdamW(2e-3), plan, compute, 0
+            autoencoder, text_encoder, backbone, objective, dropout, optimizer, plan, compute, 0
         )
 
     return make

@@ -36,7 +36,7 @@ def test_where_both_meet_neither_is_lost() -> None:
 def test_vectors_do_not_decay() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Linear(4, 2))
     network[2].weight.requires_grad_(False)
-    optimizer = AdamW(lr=0.1, weight_decay=0.3).build(network.named_parameters())
+    optimizer = AdamW(lr=0.1, weight_decay=0.3).build(network)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0.3 for p in g["params"]}
     plain = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     assert decayed == {id(network[0].weight)}
@@ -45,7 +45,7 @@ def test_vectors_do_not_decay() -> None:
 
 def test_the_decay_is_decoupled() -> None:
     weight = nn.Parameter(torch.ones(2, 2))
-    optimizer = AdamW(lr=0.1, weight_decay=0.5).build([("weight", weight)])
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).of([weight])
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     assert weight.flatten().tolist() == pytest.approx([0.95] * 4)

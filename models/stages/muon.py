@@ -1,0 +1,154 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied.
+
+A step of it moves every direction of a matrix equally far, where Adam's moves the few that the gradient is
+made of (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv
+2502.16982). It is for the weights of linear layers and convolutions; embeddings, position maps, norms and
+biases are AdamW's. All of it is float32 and the same on every rank, so that ranks with whole models need not
+exchange anything.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from models.registry import ConfigError
+from models.stages.optim import AdamW, OptimizerSettings
+
+#: Of `p(s) = a s + b s^3 + c s^5`, which brings singular values from (0, 1] to about 1 when it is repeated.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_REPEATS = 5
+
+
+class Muon(OptimizerSettings):
+    """Muon for the weights of linear layers and convolutions, AdamW for all other parameters.
+
+    An update of a matrix has the root mean square `update_rms` times the learning rate, which is about that
+    of AdamW's, so that one learning rate serves both (arXiv 2502.16982, eq. 4). Models that are spread over
+    ranks are refused: a rank that has some rows of a matrix cannot make it orthogonal.
+
+    Args:
+        lr: peak learning rate, of both.
+        momentum: decay of the mean gradient a step, of matrices.
+        update_rms: root mean square of a matrix's update at a learning rate of 1.
+        beta1: AdamW's, as all that follow.
+        beta2: decay of the mean squared gradient a step.
+        weight_decay: a step, times the learning rate; on matrices as well, not on biases and norms.
+        eps: added to the root of the mean squared gradient.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        update_rms: float = 0.2,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        weight_decay: float = 0.01,
+        eps: float = 1e-8,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}, but must lie in [0, 1)")
+        if not (math.isfinite(update_rms) and update_rms > 0):
+            raise ValueError(f"update_rms is {update_rms}, but must be a positive number, such as 0.2")
+        self.others = AdamW(lr, beta1, beta2, weight_decay, eps)
+        self.lr = lr
+        self.momentum = momentum
+        self.update_rms = update_rms
+
+    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+        matrices = {
+            id(module.weight): module.weight
+            for module in network.modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad
+        }
+        if any(isinstance(weight, DTensor) for weight in matrices.values()):
+            raise ConfigError(
+                "muon makes whole matrices orthogonal, and trainer.strategy spreads them over the ranks; use "
+                "trainer.strategy=ddp, or the optimizer adamw"
+            )
+        others = self.others.of([p for p in network.parameters() if id(p) not in matrices])
+        return _MuonBesideAdamW(
+            list(matrices.values()), others, self.lr, self.momentum, self.others.weight_decay, self.update_rms
+        )
+
+
+class _MuonBesideAdamW(torch.optim.Optimizer):
+    """One optimizer of two: Muon's own group first, then those of `others`, whose state is kept here too."""
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: torch.optim.Optimizer,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        update_rms: float,
+    ) -> None:
+        super().__init__([{"params": matrices}], {"lr": lr, "weight_decay": weight_decay})
+        self.momentum = momentum
+        self.update_rms = update_rms
+        self.others = others
+        # The same objects: a learning rate set here is theirs, and so is a state restored here.
+        self.param_groups += others.param_groups
+        others.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Applies the gradients, of `closure` where one is given; parameters without one stay as they are."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        group = self.param_groups[0]
+        for matrices in _of_one_shape(p for p in group["params"] if p.grad is not None):
+            directions = orthogonalised(torch.stack([self._direction(p) for p in matrices]))
+            scale = self.update_rms * math.sqrt(max(directions.shape[1:]))
+            for parameter, direction in zip(matrices, directions, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction.view(parameter.shape), alpha=-group["lr"] * scale)
+        self.others.step()
+        return loss
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """The gradient with Nesterov's momentum, as a matrix `[outputs, the rest]`."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        mean = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(mean, self.momentum).flatten(1)
+
+
+def _of_one_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in lists of equal shape, which one product of matrices serves."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    return list(by_shape.values())
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """`matrices` float32 `[B m n]` with singular values brought near 1 (0.7 to 1.2), singular vectors kept.
+
+    A polynomial is applied five times to the singular values. All powers of a matrix X are taken of `X X^T`,
+    which is m x m for m <= n: `p(X) = (a + b X X^T + c (X X^T)^2) X`, so that the wide X is multiplied twice
+    and not ten times. That asks for float32 products, as TF32 or bfloat16 would make small eigenvalues of
+    `X X^T` negative, which grow. Singular values below a thousandth of the largest stay below 1; of a matrix
+    of zeros zeros remain.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalised(matrices.mT).mT
+    gram = matrices @ matrices.mT
+    # The trace is the sum of the squared singular values, so none is above 1 then.
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
+    gram = gram / scale
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    product: Tensor | None = None
+    for _ in range(_REPEATS):
+        factor = torch.baddbmm(_A * identity + _B * gram, gram, gram, alpha=_C)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    assert product is not None
+    return product @ (matrices * scale.rsqrt())

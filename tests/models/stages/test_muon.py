@@ -1,0 +1,200 @@
+"""Muon: what it makes orthogonal and how nearly, which parameters it leaves to AdamW, and its state."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from data.batch import Batch
+from models.checkpoint import Checkpoint, save_checkpoint
+from models.registry import ConfigError
+from models.stages.compute import Compute
+from models.stages.muon import Muon, orthogonalised
+from models.stages.optim import AdamW
+from models.stages.sharded import Sharding
+from models.stages.stage import restore_networks, restore_optimizer, stage_state, stage_tensors
+
+MakeStage = Callable[..., Any]
+MakeBatch = Callable[..., Batch]
+
+
+def spread(rows: int, columns: int, decades: int) -> Tensor:
+    """A matrix whose singular values fall from 1 by so many powers of ten."""
+    rng = torch.Generator().manual_seed(decades)
+    rank = min(rows, columns)
+    left, _ = torch.linalg.qr(torch.randn(rows, rank, generator=rng))
+    right, _ = torch.linalg.qr(torch.randn(columns, rank, generator=rng))
+    return left * torch.logspace(0, -decades, rank) @ right.T
+
+
+def by_the_polynomial(matrix: Tensor) -> Tensor:
+    """The same in float64 as it is written in the paper: the matrix itself is multiplied five times."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
+@pytest.mark.parametrize(("decades", "error"), [(1, 1e-4), (3, 2e-3), (6, 2e-3)])
+@pytest.mark.parametrize("shape", [(24, 24), (8, 200), (200, 8), (1, 5)])
+def test_it_is_the_polynomial(shape: tuple[int, int], decades: int, error: float) -> None:
+    matrix = spread(*shape, decades)
+    matrices = torch.stack([matrix, 1e-6 * matrix, 1e3 * matrix])
+    for made in orthogonalised(matrices):
+        assert (made - by_the_polynomial(matrix)).abs().max() < error
+
+
+def test_singular_values_come_near_1_and_vectors_stay() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(3))
+    made = orthogonalised(matrix[None])[0]
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.6
+    assert values.max() < 1.25
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    turned = left.T @ made @ right.T
+    assert (turned - turned.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_zeros_stay_zeros() -> None:
+    assert torch.equal(orthogonalised(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.position = nn.Parameter(torch.ones(1, 3, 2, 2))
+        self.linear = nn.Linear(6, 4)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.GroupNorm(2, 8)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def with_gradients(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    network = Network()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    return network
+
+
+def test_all_but_matrices_are_adamws_to_the_bit() -> None:
+    mine, other = with_gradients(), with_gradients()
+    optimizers = [Muon(lr=0.1).build(mine), AdamW(lr=0.1).build(other)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
+    theirs = dict(other.named_parameters())
+    same = {name for name, p in mine.named_parameters() if torch.equal(p, theirs[name])}
+    assert same == set(theirs) - {"linear.weight", "conv.weight"}
+    assert not torch.equal(mine.embedding.weight, with_gradients().embedding.weight)
+
+
+def test_an_update_has_the_root_mean_square_that_is_told() -> None:
+    network, before = with_gradients(), with_gradients()
+    Muon(lr=0.5, update_rms=0.3, weight_decay=0.0).build(network).step()
+    for name in ("linear", "conv"):
+        change = network.get_submodule(name).weight - before.get_submodule(name).weight
+        assert change.square().mean().sqrt().item() == pytest.approx(0.15, rel=0.2)
+
+
+def test_steps_by_hand() -> None:
+    network = nn.Linear(6, 4, bias=False)
+    weight, mean = network.weight.detach().clone(), torch.zeros(4, 6)
+    optimizer = Muon(lr=0.1, momentum=0.8, weight_decay=0.5).build(network)
+    for seed in range(3):
+        gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        network.weight.grad = gradient.clone()
+        optimizer.step()
+        mean = 0.8 * mean + 0.2 * gradient
+        direction = by_the_polynomial(0.8 * mean + 0.2 * gradient).float()
+        weight = weight * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * direction
+        assert torch.allclose(network.weight, weight, atol=1e-5)
+
+
+def test_the_learning_rate_of_every_group_counts() -> None:
+    network = with_gradients()
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    optimizer = Muon(lr=0.1).build(network)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1] * 3
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+
+
+def test_without_a_gradient_nothing_moves() -> None:
+    network = with_gradients()
+    network.conv.weight.grad = None
+    before = network.conv.weight.clone()
+    optimizer = Muon(lr=0.1).build(network)
+    optimizer.step()
+    assert torch.equal(network.conv.weight, before)
+    assert network.conv.weight not in optimizer.state
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_going_on_changes_no_bit(
+    name: str, channels_last: bool, make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    def begin(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        stage = make_stage(name, seed=seed, optimizer=Muon(2e-3))
+        if name == "diffusion":
+            frozen = make_stage(name)._autoencoder[0].state_dict()
+            stage.load_autoencoder({f"autoencoder.{k}": v for k, v in frozen.items()}, "test")
+        stage.use(Compute(torch.device("cpu"), False, channels_last, False, ""))
+        return stage, stage.configure_optimizers()
+
+    def steps(stage: Any, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(2):
+            stage.mean_loss(make_batch(4, stage.images_seen)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            stage.images_seen += 4
+
+    first, optimizer = begin(0)
+    steps(first, optimizer)
+    documents = {"config": {}, "state": stage_state(first, {})}
+    checkpoint = Checkpoint(save_checkpoint(tmp_path, 8, stage_tensors(first, optimizer), documents))
+    stored = {key.split(".", 1)[0] for key in checkpoint.tensors("optimizer")}
+    assert stored == {"momentum", "exp_avg", "exp_avg_sq", "step"}
+    steps(first, optimizer)
+
+    second, again = begin(5)
+    restore_networks(second, checkpoint)
+    restore_optimizer(second, again, checkpoint)
+    steps(second, again)
+    theirs = second.networks.state_dict()
+    assert all(torch.equal(theirs[key], value) for key, value in first.networks.state_dict().items())
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_models_that_are_spread_are_refused() -> None:
+    network = nn.ModuleDict({"linear": nn.Linear(4, 4)})
+    Sharding(1, 1, torch.device("cpu")).spread(network.children())
+    with pytest.raises(ConfigError, match=r"trainer\.strategy=ddp"):
+        Muon().build(network)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lr": 0.0}, {"momentum": 1.0}, {"update_rms": 0.0}, {"update_rms": float("inf")}, {"beta1": 1.0},
+     {"weight_decay": -1.0}],
+)  # fmt: skip
+def test_values_out_of_range(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Muon(**values)
