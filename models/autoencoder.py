@@ -1,7 +1,8 @@
 """The variational autoencoder: images to latents of a few channels at a fraction of the size, and back.
 
-Notable choices: the layout of Stable Diffusion's AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752). The
-posterior is handed about as `moments` (mean and log-variance), which shards can store and from which latents
+Notable choices: the layout of Stable Diffusion's AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752), which
+may work on patches of pixels: at full resolution a convolution costs as much as one of four times the width at
+a quarter of the side, and computes less. The posterior is handed about as `moments` (mean and log-variance), which shards can store and from which latents
 are drawn afresh each time. Latents outside this file are always normalised per channel by `latent_mean` and
 `latent_std`, so that diffusion sees a deviation near 1 whatever the autoencoder.
 
@@ -65,13 +66,20 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B 3 H W] -> features [B 2C h w]."""
+    """Images [B 3 H W] -> features [B 2C h w], by way of patches of `patch_size` squared pixels."""
 
     def __init__(
-        self, channels: tuple[int, ...], blocks: int, out_channels: int, attend: bool, norm_groups: int
+        self,
+        channels: tuple[int, ...],
+        blocks: int,
+        out_channels: int,
+        attend: bool,
+        norm_groups: int,
+        patch_size: int,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
         self.down = nn.ModuleList(
             EncoderLevel(widths[i], widths[i + 1], blocks, norm_groups, last=i == len(channels) - 1)
@@ -83,7 +91,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The features [B 2C h w]."""
-        x = self.conv_in(images)
+        x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
@@ -93,9 +101,16 @@ class Decoder(nn.Module):
     """Features [B C h w] -> images [B 3 H W]; one residual block a level more than the encoder."""
 
     def __init__(
-        self, channels: tuple[int, ...], blocks: int, in_channels: int, attend: bool, norm_groups: int
+        self,
+        channels: tuple[int, ...],
+        blocks: int,
+        in_channels: int,
+        attend: bool,
+        norm_groups: int,
+        patch_size: int,
     ) -> None:
         super().__init__()
+        self.patch_size = patch_size
         widths = [channels[-1], *reversed(channels)]
         self.conv_in = nn.Conv2d(in_channels, channels[-1], 3, padding=1)
         self.middle = Middle(channels[-1], norm_groups, attend)
@@ -104,21 +119,24 @@ class Decoder(nn.Module):
             for i in range(len(channels))
         )
         self.norm_out = nn.GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The images [B 3 H W]."""
         x = self.middle(self.conv_in(x))
         for level in self.up:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
 
 
 class Autoencoder(nn.Module):
-    """A variational autoencoder with `factor` = 2 ** (levels - 1); the defaults are Stable Diffusion's.
+    """A variational autoencoder with `factor` = `patch_size` * 2 ** (levels - 1); the defaults are those of
+    Stable Diffusion.
 
-    `channels` are the widths from the highest to the lowest resolution. Until `set_normalisation` is called
-    the normalisation is the identity. Raises ValueError for channels that `norm_groups` does not divide.
+    `channels` are the widths from the highest to the lowest resolution. With a `patch_size` p the highest is
+    1/p of the pictures': p x p pixels become the channels of one position and come out of one (Shi et al.
+    2016, arXiv:1609.05158). Until `set_normalisation` is called the normalisation is the identity. Raises
+    ValueError for channels that `norm_groups` does not divide and for a `patch_size` below 1.
     """
 
     def __init__(
@@ -128,8 +146,11 @@ class Autoencoder(nn.Module):
         latent_channels: int = 4,
         mid_attention: bool = True,
         norm_groups: int = 32,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size}, but must be at least 1")
         if not channels or any(width % norm_groups != 0 for width in channels):
             raise ValueError(f"channels {tuple(channels)} must be multiples of norm_groups {norm_groups}")
         self.channels = tuple(channels)
@@ -137,10 +158,15 @@ class Autoencoder(nn.Module):
         self.latent_channels = latent_channels
         self.mid_attention = mid_attention
         self.norm_groups = norm_groups
-        self.encoder = Encoder(channels, blocks_per_level, 2 * latent_channels, mid_attention, norm_groups)
+        self.patch_size = patch_size
+        self.encoder = Encoder(
+            channels, blocks_per_level, 2 * latent_channels, mid_attention, norm_groups, patch_size
+        )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(channels, blocks_per_level, latent_channels, mid_attention, norm_groups)
+        self.decoder = Decoder(
+            channels, blocks_per_level, latent_channels, mid_attention, norm_groups, patch_size
+        )
         self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
         self.latent_mean: Tensor
@@ -149,7 +175,7 @@ class Autoencoder(nn.Module):
     @property
     def factor(self) -> int:
         """The pixels along one side of a latent position."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """The posterior's moments [B 2C h w] of `images` [B 3 H W]: mean, then log-variance in [-30, 20].

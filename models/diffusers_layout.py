@@ -171,8 +171,13 @@ def autoencoder_from_diffusers(
 def autoencoder_config(autoencoder: Autoencoder, sample_size: int = 256) -> dict[str, Any]:
     """The keyword arguments of the AutoencoderKL that takes the weights of `autoencoder`.
 
-    `sample_size` is the side in pixels of the images it was trained on.
+    `sample_size` is the side in pixels of the images it was trained on. Raises ValueError for patches.
     """
+    if autoencoder.patch_size > 1:
+        raise ValueError(
+            "autoencoder.patch_size > 1: diffusers' AutoencoderKL takes no patches: train with "
+            "autoencoder.patch_size=1 to export"
+        )
     levels = len(autoencoder.channels)
     return {
         "in_channels": 3,

@@ -85,19 +85,19 @@ def export_diffusers(run: Path, folder: Path) -> None:
         folder: made where it is missing.
 
     Raises:
-        CheckpointError: as `export_file`, or a backbone that diffusers cannot hold.
+        CheckpointError: as `export_file`, or a backbone or autoencoder that diffusers cannot hold.
         OSError: a file cannot be written.
     """
     pipeline, _, _ = load_pipeline(run, torch.device("cpu"))
     unet, autoencoder = pipeline.backbone, pipeline.autoencoder
     try:
-        config = unet_config(unet, pipeline.resolution // autoencoder.factor)
-        tensors = unet_to_diffusers(unet.state_dict())
+        backbone_config = unet_config(unet, pipeline.resolution // autoencoder.factor)
+        backbone_tensors = unet_to_diffusers(unet.state_dict())
+        config = autoencoder_config(autoencoder, pipeline.resolution)
     except ValueError as error:
         raise CheckpointError(f"{run}: {error}") from None
-    write(folder / "unet", "UNet2DConditionModel", config, tensors)
-    tensors = autoencoder_to_diffusers(autoencoder.state_dict())
-    write(folder / "vae", "AutoencoderKL", autoencoder_config(autoencoder, pipeline.resolution), tensors)
+    write(folder / "unet", "UNet2DConditionModel", backbone_config, backbone_tensors)
+    write(folder / "vae", "AutoencoderKL", config, autoencoder_to_diffusers(autoencoder.state_dict()))
     print(f"{folder / 'unet'} and {folder / 'vae'}: load them with diffusers' from_pretrained")
 
 

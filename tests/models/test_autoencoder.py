@@ -2,20 +2,21 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from models.autoencoder import Autoencoder
 
 
-def small(levels: int = 3, mid_attention: bool = True) -> Autoencoder:
-    return Autoencoder((8, 16, 16, 24)[:levels], 1, 3, mid_attention, norm_groups=4)
+def small(levels: int = 3, mid_attention: bool = True, patch_size: int = 1) -> Autoencoder:
+    return Autoencoder((8, 16, 16, 24)[:levels], 1, 3, mid_attention, norm_groups=4, patch_size=patch_size)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("levels", [1, 3, 4])
+@pytest.mark.parametrize(("levels", "patch_size"), [(1, 1), (3, 1), (4, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("mid_attention", [True, False])
-def test_shapes(rng: torch.Generator, levels: int, mid_attention: bool) -> None:
-    autoencoder = small(levels, mid_attention)
-    factor = 2 ** (levels - 1)
+def test_shapes(rng: torch.Generator, levels: int, patch_size: int, mid_attention: bool) -> None:
+    autoencoder = small(levels, mid_attention, patch_size)
+    factor = patch_size * 2 ** (levels - 1)
     assert autoencoder.factor == factor
     images = torch.randn(2, 3, 16, 24, generator=rng)
     moments = autoencoder.encode(images)
@@ -105,9 +106,52 @@ def test_channels_last_gives_the_same(rng: torch.Generator) -> None:
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_patch_is_what_a_convolution_of_its_size_and_stride_sees(rng: torch.Generator) -> None:
+    """Alone in a grid of one position, the middle of the kernel sees the p x p pixels of its patch."""
+    autoencoder = small(1, patch_size=4)
+    images = torch.randn(2, 3, 4, 4, generator=rng)
+    conv = autoencoder.encoder.conv_in
+    kernel = conv.weight[:, :, 1, 1].unflatten(1, (3, 4, 4))
+    expected = F.conv2d(images, kernel, conv.bias, stride=4)
+    seen: list[torch.Tensor] = []
+    conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    autoencoder.encode(images)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_patches_come_out_where_they_went_in(rng: torch.Generator) -> None:
+    """A decoder of which only the bias of its last layer speaks repeats one patch over the picture."""
+    autoencoder = small(1, patch_size=2)
+    patch = torch.randn(3, 2, 2, generator=rng)
+    last = autoencoder.decoder.conv_out
+    last.weight.zero_()
+    last.bias.copy_(patch.flatten())
+    decoded = autoencoder.decode(torch.randn(1, 3, 4, 6, generator=rng))
+    assert torch.equal(decoded[0], patch.repeat(1, 4, 6))
+
+
+@torch.no_grad()
+def test_patches_of_one_pixel_are_pixels(rng: torch.Generator) -> None:
+    """Checkpoints that know of no patches are those of patches of one pixel, to the bit."""
+    autoencoder = small(patch_size=1)
+    assert autoencoder.state_dict().keys() == small(patch_size=2).state_dict().keys()
+    images = torch.randn(1, 3, 8, 8, generator=rng)
+    first = autoencoder.encoder.conv_in
+    seen: list[torch.Tensor] = []
+    first.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    autoencoder.encode(images)
+    assert torch.equal(seen[0], images)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
         small().encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        small(2, patch_size=4).encode(torch.zeros(1, 3, 16, 12))
+    with pytest.raises(ValueError, match="patch_size is 0"):
+        small(patch_size=0)
     with pytest.raises(ValueError, match="norm_groups 32"):
         Autoencoder((48, 64))
 

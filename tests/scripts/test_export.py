@@ -61,14 +61,27 @@ def test_diffusers_loads_them(run: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(vae.decode(latents).sample, pipeline.autoencoder.decode(latents))
 
 
-def test_a_position_map_is_refused(
-    make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(
+    ("part", "option", "said"),
+    [
+        ("backbone", {"position_size": 4}, "train with position_size=0 to export"),
+        ("autoencoder", {"patch_size": 2}, "train with autoencoder.patch_size=1 to export"),
+    ],
+)
+def test_what_diffusers_lacks_is_refused(
+    make_run: Callable[..., Path],
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    capsys: Any,
+    part: str,
+    option: dict[str, int],
+    said: str,
 ) -> None:
-    config = tiny_config | {"backbone": tiny_config["backbone"] | {"position_size": 4}}
+    config = tiny_config | {part: tiny_config[part] | option}
     run = make_run(tmp_path / "run", config)
     assert main([str(run), "--diffusers", str(tmp_path / "out")]) == 4
     error = capsys.readouterr().err
-    assert "train with position_size=0 to export" in error
+    assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
