@@ -1,10 +1,12 @@
 """The variational autoencoder: images to latents of a few channels at a fraction of the size, and back.
 
-Notable choices: the layout of Stable Diffusion's AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752), which
-may work on patches of pixels: at full resolution a convolution costs as much as one of four times the width at
-a quarter of the side, and computes less. The posterior is handed about as `moments` (mean and log-variance), which shards can store and from which latents
-are drawn afresh each time. Latents outside this file are always normalised per channel by `latent_mean` and
-`latent_std`, so that diffusion sees a deviation near 1 whatever the autoencoder.
+Notable choices: the layout of Stable Diffusion's AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752). It
+may work on patches of pixels (a convolution at full resolution costs as much as one of four times the width
+at a quarter of the side, and learns less) and on top of a linear map (which is learnt at once, so that the
+layers have only to learn what it cannot do). The posterior is handed about as `moments` (mean and
+log-variance), which shards can store and from which latents are drawn afresh each time. Latents outside this
+file are always normalised per channel by `latent_mean` and `latent_std`, so that diffusion sees a deviation
+near 1 whatever the autoencoder.
 
 Used by the autoencoder stage (which trains it), by the diffusion stage and by sampling.
 """
@@ -66,7 +68,10 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B 3 H W] -> features [B 2C h w], by way of patches of `patch_size` squared pixels."""
+    """Images [B 3 H W] -> features [B 2C h w], by way of patches of `patch_size` squared pixels.
+
+    With `linear_path` a linear map of the pixels under each latent position is added to them.
+    """
 
     def __init__(
         self,
@@ -76,9 +81,11 @@ class Encoder(nn.Module):
         attend: bool,
         norm_groups: int,
         patch_size: int,
+        linear_path: bool,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(channels) - 1)
         self.conv_in = nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
         self.down = nn.ModuleList(
@@ -88,17 +95,22 @@ class Encoder(nn.Module):
         self.middle = Middle(channels[-1], norm_groups, attend)
         self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.linear = nn.Conv2d(3 * self.factor**2, out_channels, 1) if linear_path else None
 
     def forward(self, images: Tensor) -> Tensor:
         """The features [B 2C h w]."""
         x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        x = self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        return x if self.linear is None else x + self.linear(F.pixel_unshuffle(images, self.factor))
 
 
 class Decoder(nn.Module):
-    """Features [B C h w] -> images [B 3 H W]; one residual block a level more than the encoder."""
+    """Features [B C h w] -> images [B 3 H W]; one residual block a level more than the encoder.
+
+    With `linear_path` a linear map of each position and its neighbours is added to the pixels.
+    """
 
     def __init__(
         self,
@@ -108,9 +120,11 @@ class Decoder(nn.Module):
         attend: bool,
         norm_groups: int,
         patch_size: int,
+        linear_path: bool,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.factor = patch_size * 2 ** (len(channels) - 1)
         widths = [channels[-1], *reversed(channels)]
         self.conv_in = nn.Conv2d(in_channels, channels[-1], 3, padding=1)
         self.middle = Middle(channels[-1], norm_groups, attend)
@@ -120,13 +134,15 @@ class Decoder(nn.Module):
         )
         self.norm_out = nn.GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
+        self.linear = nn.Conv2d(in_channels, 3 * self.factor**2, 3, padding=1) if linear_path else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """The images [B 3 H W]."""
-        x = self.middle(self.conv_in(x))
+        x = self.middle(self.conv_in(features))
         for level in self.up:
             x = level(x)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        return x if self.linear is None else x + F.pixel_shuffle(self.linear(features), self.factor)
 
 
 class Autoencoder(nn.Module):
@@ -135,8 +151,10 @@ class Autoencoder(nn.Module):
 
     `channels` are the widths from the highest to the lowest resolution. With a `patch_size` p the highest is
     1/p of the pictures': p x p pixels become the channels of one position and come out of one (Shi et al.
-    2016, arXiv:1609.05158). Until `set_normalisation` is called the normalisation is the identity. Raises
-    ValueError for channels that `norm_groups` does not divide and for a `patch_size` below 1.
+    2016, arXiv:1609.05158). With `linear_path` a learnt linear map of the pixels is added to the moments and
+    one of the latents to the pixels, beside all layers (after Chen et al. 2024, arXiv:2410.10733, whose maps
+    are not learnt). Until `set_normalisation` is called the normalisation is the identity. Raises ValueError
+    for channels that `norm_groups` does not divide and for a `patch_size` below 1.
     """
 
     def __init__(
@@ -147,6 +165,7 @@ class Autoencoder(nn.Module):
         mid_attention: bool = True,
         norm_groups: int = 32,
         patch_size: int = 1,
+        linear_path: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1:
@@ -159,14 +178,12 @@ class Autoencoder(nn.Module):
         self.mid_attention = mid_attention
         self.norm_groups = norm_groups
         self.patch_size = patch_size
-        self.encoder = Encoder(
-            channels, blocks_per_level, 2 * latent_channels, mid_attention, norm_groups, patch_size
-        )
+        self.linear_path = linear_path
+        layout = (mid_attention, norm_groups, patch_size, linear_path)
+        self.encoder = Encoder(self.channels, blocks_per_level, 2 * latent_channels, *layout)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = Decoder(
-            channels, blocks_per_level, latent_channels, mid_attention, norm_groups, patch_size
-        )
+        self.decoder = Decoder(self.channels, blocks_per_level, latent_channels, *layout)
         self.register_buffer("latent_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(1, latent_channels, 1, 1))
         self.latent_mean: Tensor

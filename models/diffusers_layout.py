@@ -171,12 +171,13 @@ def autoencoder_from_diffusers(
 def autoencoder_config(autoencoder: Autoencoder, sample_size: int = 256) -> dict[str, Any]:
     """The keyword arguments of the AutoencoderKL that takes the weights of `autoencoder`.
 
-    `sample_size` is the side in pixels of the images it was trained on. Raises ValueError for patches.
+    `sample_size` is the side in pixels of the images it was trained on. Raises ValueError for patches and for
+    a linear path.
     """
-    if autoencoder.patch_size > 1:
+    if autoencoder.patch_size > 1 or autoencoder.linear_path:
         raise ValueError(
-            "autoencoder.patch_size > 1: diffusers' AutoencoderKL takes no patches: train with "
-            "autoencoder.patch_size=1 to export"
+            "diffusers' AutoencoderKL takes no patches and has no linear path: train with "
+            "autoencoder.patch_size=1 and autoencoder.linear_path=false to export"
         )
     levels = len(autoencoder.channels)
     return {

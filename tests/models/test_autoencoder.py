@@ -7,8 +7,11 @@ from torch.nn import functional as F
 from models.autoencoder import Autoencoder
 
 
-def small(levels: int = 3, mid_attention: bool = True, patch_size: int = 1) -> Autoencoder:
-    return Autoencoder((8, 16, 16, 24)[:levels], 1, 3, mid_attention, norm_groups=4, patch_size=patch_size)
+def small(
+    levels: int = 3, mid_attention: bool = True, patch_size: int = 1, linear_path: bool = False
+) -> Autoencoder:
+    channels = (8, 16, 16, 24)[:levels]
+    return Autoencoder(channels, 1, 3, mid_attention, 4, patch_size=patch_size, linear_path=linear_path)
 
 
 @torch.no_grad()
@@ -27,8 +30,11 @@ def test_shapes(rng: torch.Generator, levels: int, patch_size: int, mid_attentio
     assert autoencoder.kl(moments).shape == (2,)
 
 
-def test_every_weight_gets_a_gradient_once_the_branches_speak(rng: torch.Generator) -> None:
-    autoencoder = small()
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_every_weight_gets_a_gradient_once_the_branches_speak(
+    rng: torch.Generator, linear_path: bool
+) -> None:
+    autoencoder = small(linear_path=linear_path)
     with torch.no_grad():
         for parameter in autoencoder.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng))
@@ -130,6 +136,28 @@ def test_patches_come_out_where_they_went_in(rng: torch.Generator) -> None:
     last.bias.copy_(patch.flatten())
     decoded = autoencoder.decode(torch.randn(1, 3, 4, 6, generator=rng))
     assert torch.equal(decoded[0], patch.repeat(1, 4, 6))
+
+
+@torch.no_grad()
+def test_the_linear_path_is_linear_and_goes_past_all_layers(rng: torch.Generator) -> None:
+    """With the layers' last word silenced, a patch that repeats is coded and decoded by two matrices."""
+    autoencoder = small(2, patch_size=2, linear_path=True)
+    encoder, decoder = autoencoder.encoder, autoencoder.decoder
+    assert encoder.linear is not None
+    assert decoder.linear is not None
+    for last in (encoder.conv_out, decoder.conv_out, encoder.linear, decoder.linear):
+        last.bias.zero_()
+    for last in (encoder.conv_out, decoder.conv_out):
+        last.weight.zero_()
+    images = torch.randn(2, 3, 8, 8, generator=rng)
+    features = encoder(images)
+    pixels = images[:, :, 4:8, 0:4].flatten(1)  # the 4 x 4 of position (1, 0)
+    torch.testing.assert_close(features[:, :, 1, 0], pixels @ encoder.linear.weight[:, :, 0, 0].T)
+
+    alone = torch.zeros(1, 3, 3, 3)
+    alone[0, :, 1, 1] = torch.randn(3, generator=rng)
+    patch = decoder.linear.weight[:, :, 1, 1] @ alone[0, :, 1, 1]
+    torch.testing.assert_close(decoder(alone)[0, :, 4:8, 4:8], patch.reshape(3, 4, 4))
 
 
 @torch.no_grad()

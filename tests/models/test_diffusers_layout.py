@@ -171,8 +171,12 @@ def test_a_position_map_is_refused() -> None:
 def test_patches_are_refused() -> None:
     with pytest.raises(ValueError, match="patch_size"):
         unet_config(UNet(4, WIDTH, (16, 32), 1, (0, 1), head_dim=8, norm_groups=8, patch_size=2))
-    with pytest.raises(ValueError, match=r"autoencoder\.patch_size"):
-        autoencoder_config(Autoencoder((16,), 1, 3, False, norm_groups=8, patch_size=2))
+
+
+@pytest.mark.parametrize("option", [{"patch_size": 2}, {"linear_path": True}])
+def test_an_autoencoder_of_another_layout_is_refused(option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"autoencoder\.patch_size=1 and"):
+        autoencoder_config(Autoencoder((16,), 1, 3, False, norm_groups=8, **option))
 
 
 def autoencoder_pair(levels: int, mid_attention: bool) -> tuple[Autoencoder, AutoencoderKL]:

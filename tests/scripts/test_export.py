@@ -65,7 +65,8 @@ def test_diffusers_loads_them(run: Path, tmp_path: Path) -> None:
     ("part", "option", "said"),
     [
         ("backbone", {"position_size": 4}, "train with position_size=0 to export"),
-        ("autoencoder", {"patch_size": 2}, "train with autoencoder.patch_size=1 to export"),
+        ("autoencoder", {"patch_size": 2}, "train with autoencoder.patch_size=1 and"),
+        ("autoencoder", {"linear_path": True}, "autoencoder.linear_path=false to export"),
     ],
 )
 def test_what_diffusers_lacks_is_refused(
