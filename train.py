@@ -58,7 +58,7 @@ from models.stages.division import divide
 from models.stages.dropout import check_dropout
 from models.stages.effort import Effort
 from models.stages.encoding import is_frozen, text_identity
-from models.stages.estimate import dissect, layouts, show_estimate
+from models.stages.estimate import dissect, layouts, show_autoencoder, show_estimate
 from models.stages.evaluations import evaluations_of
 from models.stages.launch import launch, run_command, stay_with_parent
 from models.stages.lock import run_lock
@@ -152,7 +152,7 @@ def check_division(values: dict[str, Any], options: TrainerOptions, size: int) -
 
 
 def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
-    """Prints what the diffusion stage would need on `trainer.devices` devices, by strategy.
+    """Prints what the stages would take, and what diffusion needs on `trainer.devices` devices, by strategy.
 
     Raises:
         ConfigError: networks, a resolution or a batch that do not fit together.
@@ -160,6 +160,9 @@ def estimate(values: dict[str, Any], options: TrainerOptions) -> None:
     plan = make("plan/diffusion", values["plan"]["diffusion"])
     anatomy = dissect(values, options.precision is not Precision.fp32)
     given = layouts(options.devices, options.shards)
+    if StageName.autoencoder.name in values["stages"]:
+        images = make("plan/autoencoder", values["plan"]["autoencoder"]).images
+        show_autoencoder(values, images, options.devices)
     show_estimate(anatomy, given, plan.batch_size, options.accumulate, plan.images)
 
 

@@ -164,7 +164,9 @@ class EvaluateConfig:
     shards: str | None = None  # where the run's data lie now; None: where its configuration says
     features: str = "judge"
     features_file: str | None = None  # weights of a network that is not our own
-    scorer: str = "auto"  # judge, tower, none, clip:MODEL; auto: the judge for landscapes, else the tower
+    scorer: str = (
+        "auto"  # judge, tower, classifier, none, clip:MODEL; auto: the judge for landscapes, else the tower
+    )
     scorer_file: str | None = None  # weights of a clip
     judge: str | None = None  # folder of the landscapes judge; None: beside the run, trained where missing
     memorization: bool = True  # looks at all training pictures, once for each run and feature network

@@ -34,7 +34,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
         *("metrics_version", "distance_pictures", "prompts_sha256", "features", "features_sha256", "resize"),
         "reference_sha256",
     ),
-    "adherence": ("metrics_version", "pictures", "prompts_sha256", "scorer", "scorer_sha256"),
+    "adherence": ("metrics_version", "pictures", "prompts_sha256", "scorer", "scorer_sha256", "names"),
     "variety": (
         *("metrics_version", "variety_prompts", "variety_prompts_sha256", "variety_seeds"),
         *("features", "features_sha256", "resize", "train_pictures", "train_sha256"),

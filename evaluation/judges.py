@@ -11,6 +11,14 @@ from typing import Any
 from data.progress import Progress
 from evaluation.adherence import AdherenceJudge
 from evaluation.asks import Real
+from evaluation.classifier import (
+    Classifier,
+    ClassifierScorer,
+    labels_of,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
 from evaluation.clip import load_clip
 from evaluation.features import FeatureNetwork, judge_features, open_features
 from evaluation.report import find_judge
@@ -21,8 +29,8 @@ from models.checkpoint import CheckpointError
 from models.registry import ConfigError, did_you_mean
 
 #: Who tells whether a picture shows its prompt; "clip" with a model of `open_clip`, as clip:ViT-B-32.
-SCORERS = ("auto", "judge", "tower", "clip", "none")
-_STEPS = 600
+SCORERS = ("auto", "judge", "tower", "classifier", "clip", "none")
+_STEPS, _CLASSIFIER_STEPS = 600, 500
 
 
 @dataclass(frozen=True)
@@ -60,17 +68,17 @@ def open_judges(
         scorer_file: the weights of a clip.
         folder: where networks of our own are kept.
         judge: the judge's folder; None is `judge` in `folder`.
-        train: training pictures, which the tower is trained on.
+        train: training pictures, which the tower or the classifier is trained on.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or pictures without classes to tell apart.
         CheckpointError: a file that cannot be read.
     """
     scorer, _, model = scorer.partition(":")
     if scorer not in SCORERS or bool(model) != (scorer == "clip"):
         raise ConfigError(
-            f"scorer is '{scorer}', but must be auto, judge, tower, none, or clip with a model, such as "
-            f"clip:ViT-B-32{did_you_mean(scorer, SCORERS)}"
+            f"scorer is '{scorer}', but must be auto, judge, tower, classifier, none, or clip with a "
+            f"model, such as clip:ViT-B-32{did_you_mean(scorer, SCORERS)}"
         )
     if (scorer_file is None) == (scorer == "clip"):
         raise ConfigError("scorer_file is the weights of scorer=clip:MODEL; give both, or neither")
@@ -84,6 +92,13 @@ def open_judges(
     if landscapes is not None and scorer == "judge":
         described |= {"scorer": "judge", "scorer_sha256": judge_features(landscapes).sha256}
         return Judges(network, AdherenceScorer(landscapes), None, described)
+    if scorer == "classifier":
+        classifier = find_classifier(folder / f"classifier-{train.sha256[:8]}", train)
+        described |= {"scorer": "classifier", "scorer_sha256": classifier.sha256}
+        described |= {
+            "scorer_classes": len(classifier.card.classes), "scorer_held_out": classifier.card.held_out
+        }  # fmt: skip
+        return Judges(network, ClassifierScorer(classifier, train.asks), None, described)
     tower = _tower(model, scorer_file, folder, train)
     described |= {"scorer": tower.name, "scorer_sha256": tower.sha256}
     return Judges(network, TowerScorer(tower), tower, described)
@@ -116,3 +131,21 @@ def find_tower(folder: Path, train: Real) -> SmallTower:
             tower = train_tower(train.pictures, texts, steps=_STEPS, progress=progress.update)
         save_tower(tower, folder)
         return tower
+
+
+def find_classifier(folder: Path, train: Real) -> Classifier:
+    """The classifier kept in `folder`; trained on `train` and put there where there is none that can be used.
+
+    Raises:
+        ConfigError: the pictures have no classes to tell apart.
+    """
+    labels = labels_of(train.asks)
+    try:
+        return load_classifier(folder)
+    except CheckpointError:
+        with Progress("training a classifier of pictures, steps of", _CLASSIFIER_STEPS) as progress:
+            classifier = train_classifier(
+                train.pictures, labels, steps=_CLASSIFIER_STEPS, progress=progress.update
+            )
+        save_classifier(classifier, folder)
+        return classifier

@@ -22,11 +22,13 @@ from evaluation.memorization import FEWEST, OF, Memorization, calibrate, copies_
 from evaluation.metrics import density_coverage, frechet_distance, kernel_distance, mmd, precision_recall
 from evaluation.picture_index import PictureIndex
 from evaluation.prompts import Prompt
-from evaluation.retrieval import TextImageTower, retrieve
+from evaluation.retrieval import TextImageTower, ranks_among, retrieve
 from evaluation.scorers import Scorer, category_means
 
 #: More categories than this are not shown.
 MAX_CATEGORIES = 200
+#: Texts among which a picture's own is looked for, and how many there must be for that to say anything.
+NAMES, FEWEST_NAMES = 100, 20
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,33 @@ def measure_retrieval(tower: TextImageTower, made: Made) -> Measured:
         figures[f"adherence_{way}_recall_5"] = each.recall_5
         figures[f"adherence_{way}_median_rank"] = each.median_rank
     return Measured(figures)
+
+
+def measure_names(tower: TextImageTower, made: Made, train: Real, real: Tensor | None) -> Measured:
+    """How often a tower finds a picture's own prompt among 100 texts: text to picture to text.
+
+    `adherence_named_first` and `adherence_named_in_five` are the shares in [0, 1] of pictures whose prompt
+    comes first, and among the first five; `_real` beside them is that of the `real` pictures of the same
+    prompts. The others are prompts of the evaluation, and training captions where these are fewer than 100;
+    fewer where there are not so many different ones, as `names` says, and nothing is measured where there are
+    less than 20.
+    """
+    texts = [ask.text for ask in made.asks]
+    pool = list(dict.fromkeys([*texts, *(ask.text for ask in train.asks)]))[: max(NAMES, len(set(texts)))]
+    if len(pool) < FEWEST_NAMES:
+        return Measured()
+    places = {text: k for k, text in enumerate(pool)}
+    own, vectors = [places[text] for text in texts], tower.embed_texts(pool)
+    figures, rows = {}, {}
+    for mark, pictures in (("", made.pictures), ("_real", real)):
+        if pictures is not None:
+            ranks = ranks_among(tower.embed_pictures(pictures), vectors, own, NAMES)
+            for name, last in (("named_first", 1), ("named_in_five", 5)):
+                found = torch.from_numpy(ranks <= last).double()
+                figures[f"adherence_{name}{mark}"] = float(found.mean())
+                if not mark:
+                    rows[f"score_{name}"] = found
+    return Measured(figures, rows, by={"names": min(NAMES, len(pool))})
 
 
 def _categories(scores: Mapping[str, np.ndarray], prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:

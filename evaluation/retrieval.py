@@ -108,6 +108,35 @@ def retrieve(picture_vectors: Tensor, text_vectors: Tensor, texts: Sequence[str]
     return Retrieval(len(texts), len(numbers), _found(_ranks(cosines.T, own.T)), _found(_ranks(cosines, own)))
 
 
+def ranks_among(picture_vectors: Tensor, pool_vectors: Tensor, own: Sequence[int], count: int) -> np.ndarray:
+    """The rank int64 `[N]`, from 1, of each picture's own text among `count` texts of a pool.
+
+    Every picture is shown its own text and those that follow it in the pool, round to its beginning: as many
+    for each, and the same whatever pictures are asked about. A tie counts against.
+
+    Args:
+        picture_vectors: `[N D]`.
+        pool_vectors: `[M D]` of M different texts.
+        own: for each picture, the number of its text in the pool.
+        count: of texts, its own among them; all where the pool has fewer.
+
+    Raises:
+        ValueError: another number of pictures than of own texts, or a text that the pool has not.
+    """
+    N, M = len(picture_vectors), len(pool_vectors)
+    mine = torch.tensor(own, dtype=torch.int64)
+    if len(own) != N or not N or int(mine.min()) < 0 or int(mine.max()) >= M or count < 1:
+        raise ValueError(
+            f"ranks_among: {N} pictures with {len(own)} texts of a pool of {M}, {count} at a time"
+        )
+    with one_thread():
+        cosines = picture_vectors.double() @ pool_vectors.double().T
+    shown = (mine[:, None] + torch.arange(min(count, M))) % M
+    among = cosines.gather(1, shown)
+    ranks: np.ndarray = (1 + (among[:, 1:] >= among[:, :1]).sum(1)).numpy()
+    return ranks
+
+
 def clip_score(tower: TextImageTower, pictures: Tensor, texts: Sequence[str]) -> np.ndarray:
     """The CLIP score in [0, 100], float64 `[N]`, of `pictures` uint8 `[N 3 H W]` with their `texts`.
 

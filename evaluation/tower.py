@@ -11,7 +11,6 @@ score by it means more than that.
 """
 
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,14 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from data.arrays import write_atomic
 from evaluation.features import check_pictures
+from evaluation.kept import data_sha256, keep, packed, read_kept
 from evaluation.retrieval import TextImageTower, retrieve
-from models.checkpoint import CheckpointError
 from models.portions import Portions, one_thread
 
 TOWER_VERSION = 1
@@ -38,7 +34,7 @@ RESOLUTION, DIM, BUCKETS, FEATURES = 64, 64, 2**14, 96
 _BATCH, _HELD_OUT = 128, 1_000
 #: Rows of a portion, and pixels by which a training picture is moved at most.
 _ROWS, _SHIFT = 32, 3
-_WEIGHTS, _CARD = "tower.safetensors", "tower.json"
+_NAME = "tower"
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class SmallTower(TextImageTower):
 
     def __init__(self, networks: TowerNetworks, card: TowerCard) -> None:
         networks.eval()
-        super().__init__("small tower", hashlib.sha256(_packed(networks)).hexdigest())
+        super().__init__("small tower", hashlib.sha256(packed(networks)).hexdigest())
         self.networks = networks
         self.card = card
         self.portions = Portions()
@@ -145,18 +141,17 @@ def train_tower(
         raise ValueError(
             f"train_tower: {N} pictures, {len(captions)} captions, {steps} steps; give at least 32 pairs"
         )
-    digest = hashlib.sha256(pictures.numpy().tobytes())
-    digest.update(json.dumps(list(captions)).encode())
+    data = data_sha256(pictures, list(captions))
     rng = torch.Generator().manual_seed(seed)
     held_out, learnt = torch.randperm(N, generator=rng).split([(out := min(N // 10, _HELD_OUT)), N - out])
     with torch.random.fork_rng(devices=[]), one_thread():
         networks = TowerNetworks(rng)
         _fit(networks, pictures[learnt], [captions[k] for k in learnt.tolist()], steps, rng, progress)
-        card = TowerCard(seed, steps, len(learnt), digest.hexdigest(), {})
+        card = TowerCard(seed, steps, len(learnt), data, {})
         tower = SmallTower(networks, card)
         texts = [captions[k] for k in held_out.tolist()]
         found = retrieve(tower.embed_pictures(pictures[held_out]), tower.embed_texts(texts), texts)
-    return SmallTower(networks, TowerCard(seed, steps, len(learnt), digest.hexdigest(), asdict(found)))
+    return SmallTower(networks, TowerCard(seed, steps, len(learnt), data, asdict(found)))
 
 
 def _fit(
@@ -211,16 +206,9 @@ def _sized(pictures: Tensor) -> Tensor:
     return F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
 
 
-def _packed(networks: TowerNetworks) -> bytes:
-    return save({name: value.detach().contiguous() for name, value in networks.state_dict().items()})
-
-
 def save_tower(tower: SmallTower, folder: Path) -> None:
     """Writes `tower.safetensors`, then `tower.json` with its card and the weights' SHA-256, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / _WEIGHTS, _packed(tower.networks))
-    card = {**asdict(tower.card), "sha256": tower.sha256}
-    write_atomic(folder / _CARD, (json.dumps(card, indent=1) + "\n").encode())
+    keep(folder, _NAME, tower.networks, asdict(tower.card))
 
 
 def load_tower(folder: Path) -> SmallTower:
@@ -229,16 +217,8 @@ def load_tower(folder: Path) -> SmallTower:
     Raises:
         CheckpointError: a file is missing or damaged, or of another version.
     """
-    remedy = "train the tower again"
-    try:
-        weights = (folder / _WEIGHTS).read_bytes()
-        record = json.loads((folder / _CARD).read_text())
-        sha256, card = record.pop("sha256"), TowerCard(**record)
-        if card.version != TOWER_VERSION or sha256 != hashlib.sha256(weights).hexdigest():
-            raise ValueError(f"version {card.version}, or the weights are not those of the card")
-        networks = TowerNetworks(torch.Generator())
-        networks.load_state_dict(load(weights))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: no tower can be read ({reason}); {remedy}") from None
+    card, networks = read_kept(
+        folder, _NAME, TowerCard, TOWER_VERSION, lambda _: TowerNetworks(torch.Generator())
+    )
+    assert isinstance(networks, TowerNetworks)
     return SmallTower(networks, card)

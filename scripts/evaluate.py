@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py checkpoint=runs/landscapes
     python scripts/evaluate.py checkpoint=runs/mine prompts=prompts.jsonl pictures=1000 devices=2
+    python scripts/evaluate.py checkpoint=runs/flowers scorer=classifier variety.class_field=label
     python scripts/evaluate.py --help                  every key with its value
 
 The folder `out` gets `card.json`, `features.safetensors`, `report.html` and the pictures. The same command
@@ -56,6 +57,7 @@ from evaluation.measure import (
     measure_adherence,
     measure_distances,
     measure_memorization,
+    measure_names,
     measure_retrieval,
     measure_variety_of,
 )
@@ -311,6 +313,7 @@ def measure(values: Mapping[str, Any], judges: Judges, made: Made, real: RealDat
         parts.append(measure_adherence(judges.scorer, made, None if given else held_out.pictures))
     if judges.tower is not None:
         parts.append(measure_retrieval(judges.tower, made))
+        parts.append(measure_names(judges.tower, made, train, None if given else held_out.pictures))
     if made.varied_asks:
         parts.append(measure_variety_of(judges.network, made, train))
     if values["memorization"]:
@@ -363,6 +366,12 @@ def summary(checkpoint: Checkpoint, card: Card) -> str:
         parts.append(f"adherence {figures['adherence_all']:.1%}")
     if "adherence_retrieved" in figures:
         parts.append(f"prompts found again {figures['adherence_retrieved']:.1%}")
+    if "adherence_named_in_five" in figures:
+        parts.append(
+            f"among the first five of {card.measured['names']} names {_beside(figures, 'named_in_five')}"
+        )
+    if "adherence_class" in figures:
+        parts.append(f"class of the prompt recognised {_beside(figures, 'class')}")
     if "variety_different" in figures:
         real, seeds = figures["variety_different_real"], card.measured["variety_seeds"]
         parts.append(f"{figures['variety_different']:.1f} of {seeds} different (real {real:.1f})")
@@ -371,6 +380,12 @@ def summary(checkpoint: Checkpoint, card: Card) -> str:
     parts += list(card.alarms)
     told, count = ", ".join(parts), card.measured["pictures"]
     return f"{checkpoint.home.name} at {checkpoint.name}: {told}; {count:,} pictures"
+
+
+def _beside(figures: Mapping[str, float], name: str) -> str:
+    """A share, and that of real pictures in brackets where there is one."""
+    real = figures.get(f"adherence_{name}_real")
+    return f"{figures[f'adherence_{name}']:.1%}" + ("" if real is None else f" (real {real:.1%})")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="folder of a run whose autoencoder is trained, or an exported file")
     add("out", type=Path, help="folder the shards are written to")
     add("--shards", help="dataset of pictures (the run's own)")
+    add(
+        "--resolution", type=positive, help="pixels a side (as the run); for a larger run that begins with it"
+    )
     add("--variants", type=positive, help="crops and mirrorings of each picture (1, with flips alone 2)")
     add("--flip", action=on_off, help="mirror half of the variants (as the run)")
     add("--random-crop", action=on_off, help="place each variant's crop at random (as the run)")
@@ -178,7 +181,7 @@ def precompute(args: argparse.Namespace) -> None:
         None if text_encoder is None else text_identity(text_encoder),
     )
     cache = ShardCache(args.cache, CACHE_BYTES)
-    shards, dataset = source_shards(args.shards or run_shards(run, data), cache)
+    shards, dataset = source_shards(args.shards or run_shards(run, data, preprocessing.resolution), cache)
     output = Output(args.out, provenance)
     output.prepare(shards, dataset, code_version())
     encoder = Encoder(autoencoder, text_encoder, args.dtype, args.batch_size)
@@ -283,7 +286,8 @@ def how_to_crop(args: argparse.Namespace, data: ShardData, seed: int) -> Preproc
         )
     if flip and variants % 2:
         raise ConfigError(f"{variants} variants cannot be mirrored by half: give an even number")
-    return Preprocessing(data.resolution, random_crop, flip, tuple(data.background), variants, seed)
+    resolution = args.resolution or data.resolution
+    return Preprocessing(resolution, random_crop, flip, tuple(data.background), variants, seed)
 
 
 def refuse_what_cannot_be_stored(data: dict[str, Any], args: argparse.Namespace) -> None:
@@ -301,13 +305,14 @@ def refuse_what_cannot_be_stored(data: dict[str, Any], args: argparse.Namespace)
         )
 
 
-def run_shards(run: dict[str, Any], data: ShardData) -> str:
-    """Returns where the run's pictures are; raises ConfigError where it does not say."""
+def run_shards(run: dict[str, Any], data: ShardData, resolution: int) -> str:
+    """Returns where the run's pictures are, landscapes rendered at `resolution`; raises ConfigError where it
+    does not say."""
     if data.shards is not None:
         return data.shards
     if "rendered" not in run:
         raise ConfigError("the run does not name its dataset; give --shards")
-    return str(make("rendered", run["rendered"]).write(data.resolution, torch.get_num_threads()))
+    return str(make("rendered", run["rendered"]).write(resolution, torch.get_num_threads()))
 
 
 def from_own_place(shards: list[SourceShard]) -> list[SourceShard]:

@@ -25,7 +25,7 @@ from models.autoencoder import Autoencoder
 from models.blocks import ResidualBlock, SpatialTransformer
 from models.conditioning import Conditioning
 from models.loading import build_networks
-from models.registry import ConfigError
+from models.registry import ConfigError, build
 from models.stages.encoding import is_frozen
 from models.text_encoder import TextBlock, TextEncoder
 from models.unet import UNet
@@ -37,6 +37,10 @@ _COPIES = 5
 BLOCKS = (ResidualBlock, SpatialTransformer, TextBlock)
 #: Memory of common accelerators in GiB, of which a tenth is left to the allocator and the libraries.
 CARDS, _USABLE = (8, 12, 16, 24, 40, 48, 80, 141, 192), 0.9
+#: Of an H200: dense bfloat16 FLOP a second by its data sheet, the share of them that NVIDIA's MLPerf Training
+#: v4.0 submission for Stable Diffusion 2 reached, and an assumed price of an hour in dollars. docs/scaling.md
+#: has the sources.
+PEAK, MFU, HOURLY = 989e12, 0.314, 3.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def dissect(values: Mapping[str, Any], bf16: bool) -> Anatomy:
                 f"{autoencoder.factor * backbone.min_divisor}"
             )
         precomputed = values["data"]["precomputed"] is not None
-        flops = {} if precomputed else {"autoencoder": _encoding(autoencoder, side)}
+        flops = {} if precomputed else {"autoencoder": coding_flops(autoencoder, side)[0]}
         kept = _Kept((text_encoder, backbone), bf16)
         with FlopCounterMode(display=False) as counter, kept:
             conditioning = text_encoder(torch.zeros(1, text_encoder.context_length, dtype=torch.int64))
@@ -143,11 +147,47 @@ def dissect(values: Mapping[str, Any], bf16: bool) -> Anatomy:
     return Anatomy(trained, total - trained, largest, flops, kept.total, kept.recomputed)
 
 
-def _encoding(autoencoder: Autoencoder, side: int) -> float:
-    """FLOPs of one picture's moments."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        autoencoder.encode(torch.zeros(1, 3, side, side))
-    return float(counter.get_total_flops())
+def coding_flops(autoencoder: Autoencoder, side: int) -> tuple[float, float]:
+    """FLOPs of one picture's moments, and of decoding one; `side` in pixels."""
+    latents = torch.zeros(1, autoencoder.latent_channels, *(2 * [side // autoencoder.factor]))
+    found = []
+    for code, given in ((autoencoder.encode, torch.zeros(1, 3, side, side)), (autoencoder.decode, latents)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            code(given)
+        found.append(float(counter.get_total_flops()))
+    return found[0], found[1]
+
+
+def show_autoencoder(values: Mapping[str, Any], images: int, devices: int) -> None:
+    """Prints what the autoencoder stage of `images` costs, and what the moments of a million pictures do."""
+    with FakeTensorMode():
+        autoencoder = build("autoencoder", values["autoencoder"])
+        encoding, decoding = coding_flops(autoencoder, int(values["data"]["resolution"]))
+    parameters, step = sum(p.numel() for p in autoencoder.parameters()), 3 * (encoding + decoding)
+    print(
+        f"Autoencoder stage: {parameters / 1e6:,.1f} M parameters; {step / 1e9:,.1f} GFLOP an image. "
+        f"{in_hours(step * images, images, devices)} Moments of a million pictures: "
+        f"{device_hours(encoding * 1e6):.2g} device-hours."
+    )
+
+
+def device_hours(flops: float) -> float:
+    """Hours of an H200 for so many FLOPs, at the published MFU."""
+    return flops / (PEAK * MFU) / 3600
+
+
+def in_hours(flops: float, images: int, devices: int) -> str:
+    """What so many FLOPs for so many images take, in words."""
+    hours = device_hours(flops)
+    shared = f", {_long(hours / devices)} on {devices}" if devices > 1 else ""
+    return (
+        f"For {images:,} images {flops:.3g} FLOP: {_long(hours)} of an H200 at {MFU:.1%} of "
+        f"{PEAK / 1e12:,.0f} TFLOP/s (assumed){shared}; ${hours * HOURLY:,.2f} at ${HOURLY:g} an hour."
+    )
+
+
+def _long(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.2g} minutes"
 
 
 def _step(backbone: UNet, conditioning: Conditioning, latent: int) -> None:
@@ -269,7 +309,7 @@ def show_estimate(anatomy: Anatomy, given: list[Layout], batch: int, accumulate:
         f"Diffusion stage: {anatomy.trained / 1e6:,.1f} M parameters trained, {anatomy.frozen / 1e6:,.1f} M "
         f"frozen; {total / 1e9:,.1f} GFLOP an image ("
         + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in anatomy.flops.items())
-        + f"), {total * images:.3g} for {images:,} images."
+        + f"). {in_hours(total * images, images, ranks)}"
     )
     table = Table(
         title=f"{ranks} devices, {batch} images a step, {samples} at a time on each", title_justify="left"

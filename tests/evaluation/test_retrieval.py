@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from data.landscapes import caption, draw_scene, render
+from evaluation.asks import Ask, Real
+from evaluation.measure import Made, measure_names
 from evaluation.prompts import Prompt
-from evaluation.retrieval import Found, TextImageTower, TowerScorer, clip_score, retrieve
+from evaluation.retrieval import Found, TextImageTower, TowerScorer, clip_score, ranks_among, retrieve
 from evaluation.tower import DIM, SmallTower, load_tower, save_tower, train_tower, word_ids
 from models.checkpoint import CheckpointError
 
@@ -51,6 +53,46 @@ def test_ranks_are_those_of_a_table_by_hand() -> None:
     assert turned.image_to_text.recall_1 == 0.0
     # Texts are at 1.8, 0, 0.5, 1.1: its own is the last for the first picture, the second for the rest.
     assert turned.image_to_text == Found(0.0, 1.0, 2.0)
+
+
+def test_ranks_among_a_pool_by_hand() -> None:
+    pool = torch.eye(4)
+    pictures = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.9, 0.5, 0.1, 0.0], [0.0, 0.0, 0.7, 0.7]])
+    assert ranks_among(pictures, pool, [0, 1, 2], 4).tolist() == [1, 2, 2]  # a tie counts against
+    # Of two texts, its own and the next: 0 and 1, 1 and 2, 3 and 0.
+    assert ranks_among(pictures, pool, [0, 1, 3], 2).tolist() == [1, 1, 1]
+    assert ranks_among(pictures, pool, [0, 1, 2], 900).tolist() == [1, 2, 2]
+    assert ranks_among(torch.ones(2, 4), pool, [0, 3], 3).tolist() == [3, 3]  # one picture for all names
+    for own in ([0, 1], [0, 1, 4], [0, 1, -1]):
+        with pytest.raises(ValueError, match="a pool of 4"):
+            ranks_among(pictures, pool, own, 4)
+
+
+def test_a_name_is_looked_for_among_a_hundred() -> None:
+    """Generated and real pictures beside each other; training captions fill up the names."""
+    numbers = [str(k) for k in range(8)]
+
+    class Wide(Lookup):
+        def embed_texts(self, texts: Sequence[str]) -> Tensor:
+            return torch.stack(
+                [torch.eye(8)[int(text)] if text in numbers else torch.ones(8) / 8**0.5 for text in texts]
+            )
+
+    def asked(texts: list[str]) -> tuple[Ask, ...]:
+        return tuple(Ask(text) for text in texts)
+
+    tower, real = Wide("wide", ""), levels(*range(8))
+    made = Made(asked(numbers), levels(0, 1, 2, 3, 0, 0, 0, 0), (), real[:0], 4)
+    train = Real(real, asked([f"other {k}" for k in range(200)]), ())
+    found = measure_names(tower, made, train, real)
+    assert found.by == {"names": 100}
+    assert found.metrics["adherence_named_first"] == found.features["score_named_first"].mean() == 0.5
+    assert found.metrics["adherence_named_first_real"] == found.metrics["adherence_named_in_five_real"] == 1.0
+    assert found.metrics["adherence_named_in_five"] == 0.5
+    assert "adherence_named_first_real" not in measure_names(tower, made, train, None).metrics
+    assert (
+        measure_names(tower, made, Real(real, asked(numbers), ()), real).metrics == {}
+    )  # eight names say nothing
 
 
 def test_equal_texts_are_one_and_ties_count_against() -> None:

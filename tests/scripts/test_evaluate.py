@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.datamodule import ShardData
 from data.landscapes import write_landscapes
+from evaluation import judges
 from evaluation.adherence import save_judge, train_judge
 from evaluation.asks import RealData, open_real
 from evaluation.card import CARD, FEATURES, Card, read_card
@@ -158,6 +159,27 @@ def test_a_suite_of_prompts_has_categories_and_no_distances(command: Command, tm
     assert "fd" not in card.metrics
     assert card.metrics["adherence_prompts"] == 8
     assert "<td>hills</td>" in (Path("out") / "report.html").read_text()
+
+
+def test_a_classifier_of_any_classes(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(judges, "_CLASSIFIER_STEPS", 6)
+    words = [*WORDS, "scorer=classifier", "memorization=false", "variety.prompts=0"]
+    assert command("evaluate", *words, "out=out") == 0
+    assert "class of the prompt recognised" in capsys.readouterr().out
+    card = read_card(Path("out"))
+    assert card.measured["scorer"] == "classifier"
+    assert card.measured["scorer_classes"] == 4
+    assert 0 <= card.measured["scorer_held_out"] <= 1
+    assert 0.3 < card.metrics["adherence_class_real"] <= 1  # night and noon are soon told apart
+    assert card.metrics["adherence_prompts"] == 24
+    kept = list(Path("runs").glob("classifier-*/classifier.safetensors"))
+    assert len(kept) == 1
+    assert command("evaluate", *words, "out=other") == 0
+    assert "training a classifier" not in capsys.readouterr().out  # the one that was kept
+    assert (Path("other") / CARD).read_bytes() == (Path("out") / CARD).read_bytes()
+    captions = [word for word in words if not word.startswith("variety.class_field")]
+    assert command("evaluate", *captions, "out=third", "variety.class_field=nothing") == 2
+    assert "give variety.class_field a field" in capsys.readouterr().err
 
 
 # --- generators with a fault, evaluated as any other --------------------------------------------------------

@@ -128,6 +128,16 @@ def test_it_stores_what_training_would_encode(run: Path, shards: Path, tmp_path:
     assert (out / "skipped.jsonl").read_text() == ""
 
 
+def test_moments_of_another_size_for_a_larger_run(run: Path, tmp_path: Path, capsys: Any) -> None:
+    assert go(run, tmp_path / "out", "--resolution", 24) == 0
+    made = read_provenance(tmp_path / "out")
+    assert (made.preprocessing.resolution, made.shape) == (24, (8, 6, 6))
+    assert next(iter(stored(tmp_path / "out").values())).shape == (8, 6, 6)
+    capsys.readouterr()
+    assert go(run, tmp_path / "other", "--resolution", 18) == 2
+    assert "pictures of 18 pixels: no multiple of 4" in capsys.readouterr().err
+
+
 def test_again_it_keeps_what_is_there(run: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     assert go(run, out) == 0

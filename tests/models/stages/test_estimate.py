@@ -10,12 +10,23 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
 
 from conf.cli import FOLDER
 from conf.schema import plain, register
 from models.loading import build_networks
 from models.registry import ConfigError
-from models.stages.estimate import Anatomy, Layout, dissect, layouts, show_estimate, smallest_card
+from models.stages.estimate import (
+    Anatomy,
+    Layout,
+    device_hours,
+    dissect,
+    in_hours,
+    layouts,
+    show_autoencoder,
+    show_estimate,
+    smallest_card,
+)
 
 PROJECT = Path(__file__).resolve().parents[3]
 LARGE = ["text_encoder=vit_b_32", "autoencoder=sd", "data.resolution=512"]
@@ -49,8 +60,6 @@ def test_activations_and_flops_are_those_of_real_tensors(tiny: tuple[dict[str, A
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-
-    from torch.utils.flop_counter import FlopCounterMode
 
     side = config["data"]["resolution"] // autoencoder.factor
     x = torch.zeros(1, backbone.latent_channels, side, side)
@@ -109,6 +118,30 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_with_the_nearest(
 ) -> None:
     with pytest.raises(ConfigError, match=r"must divide by 5 devices x 2 portions; nearest: 30 and 40"):
         show_estimate(tiny[1], layouts(5, 0), 32, 2, 100)
+
+
+def test_hours_and_dollars_by_hand() -> None:
+    """100 M images of 2,474 GFLOP at 31.4 % of 989 TFLOP/s are 221 hours: docs/scaling.md."""
+    assert device_hours(100e6 * 2.474e12) == pytest.approx(221.3, abs=0.1)
+    told = in_hours(100e6 * 2.474e12, 100_000_000, 64)
+    assert "221.3 hours of an H200" in told
+    assert "3.5 hours on 64; $663.90 at $3 an hour" in told
+    assert " on 1" not in in_hours(1e15, 10, 1)
+
+
+def test_the_autoencoders_work_is_that_of_real_tensors(
+    tiny: tuple[dict[str, Any], Anatomy], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, anatomy = tiny
+    autoencoder, side = build_networks(config)[0], config["data"]["resolution"]
+    with FlopCounterMode(display=False) as counter:
+        decoded = autoencoder.decode(autoencoder.encode(torch.zeros(1, 3, side, side))[:, :4])
+        decoded.square().mean().backward()
+    show_autoencoder(config, 1_000_000, 1)
+    counted = float(capsys.readouterr().out.split(" GFLOP")[0].split()[-1].replace(",", "")) * 1e9
+    # Three times what is walked forwards; the first layer has no picture to learn for.
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert anatomy.flops["autoencoder"] < counted / 3
 
 
 def test_cards() -> None:
