@@ -53,9 +53,10 @@ class Batch:
             raise ValueError("a batch without pictures before their edits; name their field in data.before")
         return self.before.float().div_(127.5).sub_(1.0)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Returns the batch with its tensors on `device`."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> "Batch":
+        """Returns the batch with its tensors on `device`; copies of page-locked memory are not waited for."""
+        to_host = torch.device(device).type == "cpu"  # whose tensors are read without asking the device
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=not to_host))
 
     def pin_memory(self) -> "Batch":
         """Returns the batch with its tensors in page-locked memory, which a device copies without waiting."""

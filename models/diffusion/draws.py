@@ -82,7 +82,8 @@ class Draws:
         The golden-ratio sequence with a random start. Used for `t`, where even coverage in each batch lowers
         the variance of the loss (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
         """
-        start = Draws(self.seed, torch.zeros(1, dtype=torch.long)).uniform(purpose).double().item()
+        # A tensor of the CPU that has no dimensions goes with any device.
+        start = Draws(self.seed, torch.zeros(1, dtype=torch.long)).uniform(purpose).double()[0]
         place = torch.remainder(start + self.indices.double() * _GOLDEN, 1.0)
         return place.float().clamp(2**-24, 1 - 2**-24)
 

@@ -1,9 +1,10 @@
 """What happens around the training steps of every stage, each in a callback of its own.
 
-`Clock` counts images and moves the learning rate and the average; `CheckRanks`, `Metrics`, `Validation` and
+`Clock` counts images and moves the learning rate; `CheckRanks`, `Metrics`, `Validation` and
 `Checkpointing` act at intervals that are counted in images; `Trace` writes down what each step saw;
 `Stopping` ends the run where all ranks agreed to. The step itself, in however many micro-batches, is the
-guard's (guard.py). Of several ranks the first one writes.
+guard's (guard.py), which knows what became of it a step later: whoever needs to know at once, or the average,
+has it settled first, at moments that are the same on all ranks. Of several ranks the first one writes.
 """
 
 import json
@@ -28,7 +29,7 @@ from models.stages.pace import Pace
 from models.stages.ranks import Ranks, listed
 from models.stages.replicas import RanksDiffer, differing
 from models.stages.saving import Saver
-from models.stages.signals import SAVE, Signals
+from models.stages.signals import SAVE
 from models.stages.stage import Stage
 
 #: Share of captions that do not fit into the text encoder from which on it is told.
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock(Callback):
-    """Sets the learning rate before a step; counts its images and moves the average after it."""
+    """Sets the learning rate before a step; counts its images after it."""
 
     def __init__(self, stage: Stage, ranks: Ranks) -> None:
         self.stage = stage
@@ -57,8 +58,6 @@ class Clock(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
         self.stage.images_seen += self.stage.plan.batch_size
-        if self.stage.guard.applied:
-            self.stage.ema.update(self.stage.networks, self.stage.images_seen, self.stage.plan.batch_size)
 
 
 class CheckRanks(Callback):
@@ -121,6 +120,7 @@ class Trace(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
         guard = self.stage.guard
+        guard.settle()
         entry = {
             "images": self.stage.images_seen - self.stage.plan.batch_size,
             "indices": batch.indices.tolist(), "keys": batch.keys,
@@ -170,12 +170,11 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        if self.stage.guard.applied:
-            self.stage.unlogged_losses.append(self.stage.guard.loss)
         self._steps += 1
         self._truncated += batch.truncated
         self._substituted += batch.substituted
         if crossed(self.stage, self.stage.plan.log_every_images):
+            self.stage.guard.settle()
             self._write(trainer)
         self._waited_since = time.perf_counter()
 
@@ -254,6 +253,7 @@ class Validation(Callback):
     ) -> None:
         plan = self.stage.plan
         if crossed(self.stage, plan.validate_every_images) and self.stage.images_seen < plan.images:
+            self.stage.guard.settle()
             self.run(trainer)
             self.metrics.restart_clock()
 
@@ -282,30 +282,27 @@ class Checkpointing(Callback):
     The last one is written by whoever finishes the stage.
     """
 
-    def __init__(self, stage: Stage, saver: Saver, validation: Validation, signals: Signals) -> None:
+    def __init__(self, stage: Stage, saver: Saver, validation: Validation) -> None:
         self.stage = stage
         self.saver = saver
         self.validation = validation
-        self.signals = signals
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, i: int
     ) -> None:
-        plan, seen = self.stage.plan, self.stage.images_seen
+        plan, seen, guard = self.stage.plan, self.stage.images_seen, self.stage.guard
         self.saver.check()
         if seen >= plan.images:
             return
         figures = self.validation.figures if self.validation.measured_at == seen else {}
-        asked = self.stage.guard.asked
-        if (
-            asked
-            or crossed(self.stage, plan.checkpoint_every_images)
-            or self.saver.retry_due(seen)
-            or self.saver.better(figures)
-        ):
-            self.saver.save(trainer.optimizers[0], figures, wait=asked > SAVE)
-            if asked:
-                self.signals.saved()
+        due = bool(guard.asked) or crossed(self.stage, plan.checkpoint_every_images)
+        if due:
+            guard.settle()
+        # Only the rank that writes knows of a retry, so that it may not settle for it: all have to at once.
+        if due or self.saver.better(figures) or (guard.settled and self.saver.retry_due(seen)):
+            self.saver.save(trainer.optimizers[0], figures, wait=guard.asked > SAVE)
+            if guard.asked:
+                guard.saved()
 
 
 class Stopping(Callback):

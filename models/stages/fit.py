@@ -89,7 +89,7 @@ def fit(work: Work, session: Session) -> None:
             _validation_images(work, ranks.size), ranks.rank, ranks.size, _division(stage, session).parts
         )
         validation = Validation(stage, loader, metrics, work.show, ranks)
-        checkpointing = Checkpointing(stage, saver, validation, session.signals)
+        checkpointing = Checkpointing(stage, saver, validation)
         callbacks = [recorder, pace, metrics, validation, checkpointing]
         evaluating = _evaluating(work, session, saver, metrics)
         callbacks += [] if evaluating is None else [evaluating]
@@ -160,6 +160,7 @@ def _train(work: Work, session: Session, callbacks: list[Callback], saver: Saver
         start = stage.images_seen
         try:
             trainer.fit(stage, work.data.train_loader(start, stage.plan.images, ranks.rank, ranks.size))
+            guard.settle()
             return trainer
         except Rewind as rewind:
             reason, checkpoint = rewind.reason, saver.newest()

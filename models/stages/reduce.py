@@ -10,6 +10,7 @@ size of the gradient, as in a ring. A run then has the same weights to the last 
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from models.stages.ranks import Ranks
 from models.stages.stage import Stage
 from models.stages.strategies import without_exchange
 
+#: Of which a mean is taken.
+N = TypeVar("N", float, Tensor)
+
 #: Numbers that the ranks exchange at once: 64 MiB of them are held twice meanwhile.
 _BUCKET = 2**24
 
@@ -29,8 +33,10 @@ class Reduction(ABC):
     """Interface: computes the gradients of a rank's share and makes them those of the global batch."""
 
     @abstractmethod
-    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> float:
-        """The mean loss of this rank's share; `parameters` have the global batch's mean gradient then.
+    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> Tensor:
+        """The mean loss of this rank's share, float64 `[]` on its device, which nobody has waited for.
+
+        The `parameters` have the global batch's mean gradient then.
 
         Args:
             stage: whose loss it is.
@@ -48,7 +54,7 @@ class FastReduction(Reduction):
     def __init__(self, parts: int = 1) -> None:
         self.parts = parts
 
-    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> float:
+    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> Tensor:
         _drop(parameters)
         parts = batch.parts(self.parts)
         losses = []
@@ -56,7 +62,7 @@ class FastReduction(Reduction):
             for part in parts[:-1]:
                 losses.append(_backward(stage, part, self.parts))
         losses.append(_backward(stage, parts[-1], self.parts))
-        return pairwise_mean(torch.stack(losses).tolist())
+        return pairwise_mean([loss.double() for loss in losses])
 
 
 class TreeReduction(Reduction):
@@ -71,7 +77,7 @@ class TreeReduction(Reduction):
         self.parts = parts
         self.ranks = ranks
 
-    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> float:
+    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[Tensor]) -> Tensor:
         branches: list[tuple[int, list[Tensor]]] = []  # leaves and sum of each, at most one of a size
         losses = []
         for part in batch.parts(self.parts):
@@ -88,7 +94,7 @@ class TreeReduction(Reduction):
         torch._foreach_mul_(total, 1 / (leaves * self.ranks.size))  # a power of two: no bit is lost
         for parameter, gradient in zip(parameters, total, strict=True):
             parameter.grad = gradient
-        return pairwise_mean(torch.stack(losses).tolist())
+        return pairwise_mean([loss.double() for loss in losses])
 
 
 def make_reduction(reduce: Reduce, division: Division, ranks: Ranks) -> Reduction:
@@ -98,7 +104,7 @@ def make_reduction(reduce: Reduce, division: Division, ranks: Ranks) -> Reductio
     return FastReduction(division.parts)
 
 
-def pairwise_mean(values: Sequence[float]) -> float:
+def pairwise_mean(values: Sequence[N]) -> N:
     """The mean, added up as a tree adds: neighbours first, then their sums."""
     sums = list(values)
     while len(sums) > 1:

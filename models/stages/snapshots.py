@@ -45,7 +45,9 @@ class Snapshots(Callback):
         stage, every = self.stage, self.averaging.snapshot_every_images
         seen, before = stage.images_seen, stage.images_seen - stage.plan.batch_size
         self.writer.check()
-        if seen // every == before // every and seen < stage.plan.images and not self.writer.due(seen):
+        if seen // every > before // every or seen >= stage.plan.images:
+            stage.guard.settle()
+        elif not (stage.guard.settled and self.writer.due(seen)):
             return
         if stage.sharding is None and not self.ranks.first:
             return

@@ -7,8 +7,8 @@ nothing of a start or an end is counted), and the bare loop runs twice, for the 
 must hold the same weights to the bit, or else they did not do the same work. The configuration is composed
 by Hydra as always; a step has nothing more to do with it.
 
-`host_reads` counts how often a step reads a number of the device back (each such read makes the host wait
-for a GPU) between two lines of metrics, as torch's dispatcher sees it.
+`host_reads` counts how often a step reads a number of the device back between two lines of metrics
+(reads.py): each such read makes the host wait for a GPU.
 """
 
 import copy
@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from hydra import compose, initialize_config_dir
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.cli import FOLDER
 from conf.schema import make, plain, register
@@ -41,6 +40,7 @@ from models.stages.plan import Plan
 from models.stages.session import Session
 from scripts.benches.findings import Findings, cell
 from scripts.benches.measuring import Lap, check_rounds, cpu, cpu_ms, machine, rate, ratio, wall
+from scripts.benches.reads import Reads
 
 #: At most 3 % of a step of 100 ms.
 WANTED = {"kept": 0.97}
@@ -168,7 +168,7 @@ class Turns:
         """These batches, once; the arguments are those of a run from its start."""
         return self
 
-    def val_loader(self, images: int, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    def val_loader(self, images: int, rank: int = 0, world_size: int = 1, parts: int = 1) -> list[Batch]:
         """One batch."""
         return self.batches[:1]
 
@@ -198,20 +198,6 @@ class Turns:
                         self.laps[name].append(lap)
                     progress.advance(self.steps)
         yield self.batches[0]
-
-
-class Reads(TorchDispatchMode):
-    """Counts reads of a number from a tensor, between entering and leaving."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()

@@ -40,7 +40,7 @@ def test_images_are_floats_between_minus_one_and_one() -> None:
 
 
 def test_to_moves_every_tensor() -> None:
-    batch = Collate(tokenize)(samples()).to("meta", non_blocking=True)
+    batch = Collate(tokenize)(samples()).to("meta")
     assert {batch.pixels.device.type, batch.tokens.device.type, batch.indices.device.type} == {"meta"}
     assert (batch.images.device.type, batch.keys) == ("meta", ["k0", "k1", "k2"])
 

@@ -20,7 +20,7 @@ from models import checkpoint_writer
 from models.checkpoint import newest
 from models.stages.autoencoder import AutoencoderStage
 from models.stages.callbacks import Metrics, crossed
-from models.stages.compute import TrainerOptions
+from models.stages.compute import Reduce, TrainerOptions
 from models.stages.effort import Effort
 from models.stages.faults import NotFinite
 from models.stages.fit import Work, fit
@@ -28,9 +28,11 @@ from models.stages.logs import CsvLog
 from models.stages.pace import Pace
 from models.stages.plan import Plan
 from models.stages.ranks import Ranks
+from models.stages.saving import Saver
 from models.stages.session import Session
 from models.stages.signals import Stopped
 from models.stages.stage import restore_networks
+from scripts.benches.reads import Reads
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
@@ -208,10 +210,59 @@ def test_a_wish_to_save_is_met_and_the_run_goes_on(
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(self, batch)
 
+    saved: list[int] = []
+    save = Saver.save
+
+    def noting(self: Saver, *arguments: Any, **options: Any) -> None:
+        saved.append(stage.images_seen)
+        save(self, *arguments, **options)
+
     monkeypatch.setattr(AutoencoderStage, "mean_loss", signalled)
+    monkeypatch.setattr(Saver, "save", noting)
     train(stage, Loaders(make_batch), tmp_path)
-    kept = sorted(p.name for p in (tmp_path / "autoencoder" / "checkpoints").glob("images-*"))
-    assert kept == ["images-000000000012", "images-000000000024"]
+    assert saved == [16, 24]  # it is known a step later, met once, and the last one is of the end
+
+
+class Counted(Loaders):
+    """Counts what is read back from the device in all steps but the first two and the last."""
+
+    def train_loader(self, start: int, stop: int, rank: int, size: int) -> Any:
+        self.reads, self.batches = Reads(), [self.make_batch(4, first) for first in range(start, stop, 4)]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches[:2]
+        with self.reads:
+            yield from self.batches[2:-1]
+        yield self.batches[-1]
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2}, {"reduce": Reduce.tree, "micro_batch": 2}], ids=["one", "two", "tree"]
+)
+def test_between_lines_of_metrics_nobody_waits_for_the_device(
+    stage: str, options: dict[str, Any], make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    plan = Plan(images=24, batch_size=4, log_every_images=100)
+    data = Counted(make_batch)
+    train(make_stage(stage, plan=plan), data, tmp_path, **options)
+    assert data.reads.count == 0
+    data = Counted(make_batch)  # and the same counter sees one read a step
+    reader = make_stage(stage, plan=plan)
+    real = type(reader.ema).update
+
+    def reading(*arguments: Any) -> None:
+        real(*arguments)
+        next(reader.networks.parameters()).sum().item()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(reader.ema), "update", reading)
+        train(reader, data, tmp_path / "reading", **options)
+    assert data.reads.count == 3
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:

@@ -20,8 +20,9 @@ from models.stages.guard import MAX_SKIPPED, Guard, Rewind
 from models.stages.pace import Pace
 from models.stages.ranks import Ranks
 from models.stages.reduce import Reduction
-from models.stages.signals import Signals
+from models.stages.signals import SAVE, Signals
 from models.stages.stage import Stage
+from tests.models.stages.together import Threads, together
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
@@ -32,25 +33,42 @@ class Numbers(Reduction):
 
     loss = math.nan
 
-    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[torch.Tensor]) -> float:
+    def gradients(self, stage: Stage, batch: Batch, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         (number,) = parameters
         number.grad = torch.tensor(1.0)
-        return self.loss
+        return torch.tensor(self.loss, dtype=torch.float64)
 
 
 class Stepper:
-    """A guard with a stage, an optimizer of one number and a batch; `step(loss)` makes one step of it."""
+    """A guard with a stage, an optimizer of one number and a batch.
 
-    def __init__(self, stage: Any, batch: Batch, folder: Path, **options: Any) -> None:
+    `step(loss)` makes one step of it; `at_once(loss)` settles it too. An optimizer that is not `fused` cannot
+    be told on the device not to step.
+    """
+
+    def __init__(
+        self, stage: Any, batch: Batch, folder: Path, fused: bool = True, ranks: Ranks | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.number = torch.nn.Parameter(torch.ones(()))
-        self.optimizer = torch.optim.SGD([self.number], lr=0.1)
-        self.batch, self.losses = batch, Numbers()
-        self.guard = Guard(stage, folder, Ranks.alone(), Signals(), self.losses, **options)
+        self.optimizer = torch.optim.Adam([self.number], lr=0.1, fused=fused)
+        self.batch, self.losses, self.signals = batch, Numbers(), Signals()
+        self.guard = Guard(stage, folder, ranks or Ranks.alone(), self.signals, self.losses, **options)
         self.faults = folder / "faults.jsonl"
 
     def step(self, loss: float) -> None:
         self.losses.loss = loss
         self.guard.step(self.batch, self.optimizer)
+
+    def at_once(self, loss: float) -> None:
+        self.step(loss)
+        self.guard.settle()
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The number, and what the optimizer keeps of it."""
+        kept = self.optimizer.state[self.number]
+        return {"number": self.number.item()} | {name: value.item() for name, value in kept.items()}
 
     @property
     def written(self) -> list[dict[str, Any]]:
@@ -65,36 +83,104 @@ def stepper(make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path) -> Cal
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_refused_step_changes_nothing_and_says_what_to_do(
-    loss: float, stepper: Callable[..., Stepper]
+    loss: float, fused: bool, stepper: Callable[..., Stepper]
 ) -> None:
-    made = stepper()
-    with pytest.raises(FloatingPointError) as caught:
-        made.step(loss)
+    made = stepper(fused=fused)
+    made.guard.stage.images_seen = 8
+    made.step(1.0)
+    made.guard.stage.images_seen = 12
+    made.step(loss)
+    before = made.state
+    assert before["step"] == 1
+    assert before["number"] != 1.0
+    made.guard.stage.images_seen = 16
+    with pytest.raises(FloatingPointError) as caught:  # the next step finds it out, and is not applied either
+        made.step(1.0)
     assert str(caught.value) == (
         "stage autoencoder at 12 images: the loss or a gradient is not finite; the step was not applied and "
         f"the batch's keys are in {made.faults}; lower optimizer.autoencoder.lr, or look at those samples, "
         "then continue with resume=true; or leave them out with trainer.not_finite=skip"
     )
-    assert made.number.item() == 1.0
+    assert made.state == before
     (entry,) = made.written
     assert entry["keys"] == [f"key-{k}" for k in range(12, 16)]
     assert entry["indices"] == list(range(12, 16))
     assert (entry["images"], entry["what"], entry["rank"]) == (12, "not finite", 0)
 
 
+def test_the_next_step_settles_the_one_before(stepper: Callable[..., Stepper]) -> None:
+    made = stepper()
+    stage = made.guard.stage
+    (weight, *_), (average, *_) = stage.networks.parameters(), stage.ema.network.parameters()
+    torch.nn.init.ones_(weight)
+    first = average.clone()
+    made.step(1.0)
+    assert not made.guard.settled
+    assert (stage.unlogged_losses, stage.recent_losses) == ([], [])
+    made.step(2.0)
+    assert stage.unlogged_losses == stage.recent_losses == [1.0]
+    assert made.guard.loss == made.guard.own_loss == 1.0
+    moved = average.clone()
+    assert not torch.equal(moved, first)
+    for _ in range(2):  # and again is nothing
+        made.guard.settle()
+        assert made.guard.settled
+        assert stage.unlogged_losses == [1.0, 2.0]
+    assert not torch.equal(average, moved)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_left_out_moves_no_average(fused: bool, stepper: Callable[..., Stepper]) -> None:
+    made = stepper(policy=NotFinite.skip, fused=fused)
+    stage = made.guard.stage
+    (weight, *_), (average, *_) = stage.networks.parameters(), stage.ema.network.parameters()
+    torch.nn.init.ones_(weight)
+    first, state = average.clone(), None
+    for loss, moves in ((math.nan, False), (1.0, True), (math.inf, False), (math.nan, False)):
+        state = made.state
+        made.at_once(loss)
+        assert torch.equal(average, first) is not moves
+        assert (made.state == state or made.state["step"] == state.get("step", 0) == 0) is not moves
+        first = average.clone()
+    assert stage.unlogged_losses == [1.0]
+
+
+def test_what_one_rank_cannot_apply_none_applies(
+    make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    def work(ranks: Threads) -> tuple[list[float], list[float], int]:
+        folder = tmp_path / str(ranks.rank)
+        folder.mkdir()
+        made = Stepper(make_stage("autoencoder"), make_batch(4), folder, ranks=ranks, policy=NotFinite.skip)
+        numbers = []
+        for losses in ((1.0, 2.0), (1.0, math.nan), (math.inf, 1.0), (2.0, 4.0)):
+            made.signals.asked = SAVE if ranks.rank == 1 else 0
+            made.at_once(losses[ranks.rank])
+            numbers.append(made.number.item())
+        return numbers, made.guard.stage.unlogged_losses, made.guard.asked
+
+    (one, losses, asked), other = together(2, work)
+    assert (one, losses, asked) == other
+    assert one[0] == one[1] == one[2] != one[3]
+    assert losses == [1.5, 3.0]
+    assert asked == SAVE
+
+
 def test_left_out_batches_are_counted_in_a_row(stepper: Callable[..., Stepper]) -> None:
     made = stepper(policy=NotFinite.skip)
     for _ in range(2):
         for _ in range(MAX_SKIPPED):
-            made.step(math.nan)
+            made.at_once(math.nan)
             assert not made.guard.applied
-        made.step(1.0)  # and the count begins anew
+        made.at_once(1.0)  # and the count begins anew
         assert made.guard.applied
     for _ in range(MAX_SKIPPED):
         made.step(math.nan)
+    made.step(math.nan)
     with pytest.raises(FloatingPointError, match=rf"not finite {MAX_SKIPPED + 1} times in a row; the step"):
-        made.step(math.nan)
+        made.guard.settle()
     assert len(made.written) == 3 * MAX_SKIPPED + 1
 
 
@@ -105,7 +191,7 @@ def test_a_spike_is_told_and_applied_or_rewinds(
         made = stepper(spike_zscore=8.0, rewind_spikes=rewind)
         made.guard.stage.recent_losses.clear()
         for k in range(64):
-            made.step(1.0 + 0.01 * (k % 2))
+            made.at_once(1.0 + 0.01 * (k % 2))
         before = made.number.item()
         said = (
             r"stage autoencoder at 12 images: the loss 1e\+04 is a spike, \d+\.\d standard deviations above "
@@ -113,11 +199,10 @@ def test_a_spike_is_told_and_applied_or_rewinds(
         )
         if rewind:
             with pytest.raises(Rewind, match=said) as caught:
-                made.step(1e4)
+                made.at_once(1e4)
             assert caught.value.images_seen == 16  # the data goes on after the bad batch
-            assert made.number.item() == before
         else:
-            made.step(1e4)
+            made.at_once(1e4)
             told = capsys.readouterr().out
             assert re.search(said + f"; the batch's keys are in {made.faults}", told)
             assert made.number.item() != before
@@ -128,7 +213,7 @@ def test_many_captions_that_do_not_fit_are_told_once(
     make_stage: MakeStage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage: Any = make_stage("diffusion")
-    stage.guard = SimpleNamespace(applied=True, loss=1.0)
+    stage.guard = SimpleNamespace(settle=lambda: None)
     shown = SimpleNamespace(update=lambda *_: None)
     trainer: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 1e-3}])], loggers=[])
     metrics = Metrics(

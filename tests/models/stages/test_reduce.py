@@ -50,7 +50,7 @@ class Regression:
         stage: Any = self
         parameters = [self.weight, self.bias, self.unused]
         loss = reduction.gradients(stage, batch, parameters)
-        return loss, [p.grad.clone() for p in parameters[:2] if p.grad is not None]
+        return loss.item(), [p.grad.clone() for p in parameters[:2] if p.grad is not None]
 
 
 def exact(batch: Batch) -> tuple[float, list[Tensor]]:
