@@ -22,6 +22,7 @@ from models.stages.autoencoder import AutoencoderStage
 from models.stages.callbacks import Metrics, crossed
 from models.stages.compute import Reduce, TrainerOptions
 from models.stages.effort import Effort
+from models.stages.ema import Ema
 from models.stages.faults import NotFinite
 from models.stages.fit import Work, fit
 from models.stages.logs import CsvLog
@@ -251,17 +252,21 @@ def test_between_lines_of_metrics_nobody_waits_for_the_device(
     data = Counted(make_batch)
     train(make_stage(stage, plan=plan), data, tmp_path, **options)
     assert data.reads.count == 0
-    data = Counted(make_batch)  # and the same counter sees one read a step
-    reader = make_stage(stage, plan=plan)
-    real = type(reader.ema).update
 
-    def reading(*arguments: Any) -> None:
-        real(*arguments)
-        next(reader.networks.parameters()).sum().item()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(reader.ema), "update", reading)
-        train(reader, data, tmp_path / "reading", **options)
+def test_one_read_a_step_would_be_seen(
+    make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(images=24, batch_size=4, log_every_images=100)
+    stage, real = make_stage("autoencoder", plan=plan), Ema.update
+
+    def reading(self: Ema, network: torch.nn.Module, *arguments: Any) -> None:
+        real(self, network, *arguments)
+        next(network.parameters()).sum().item()
+
+    monkeypatch.setattr(Ema, "update", reading)
+    data = Counted(make_batch)
+    train(stage, data, tmp_path)
     assert data.reads.count == 3
 
 
