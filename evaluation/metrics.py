@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.mmd_variance import KernelSums, mmd_variance
 from models.portions import one_thread
 
 #: Rows of a block: a product of two is 32 MiB.
@@ -64,9 +65,9 @@ def kernel_distance(
     """The kernel distance (KID) of `generated` `[N D]` and `real` `[M D]`, and its standard error.
 
     The mean of `polynomial_mmd` over `subsets` random subsets of `subset_size` on each side, at most half of
-    the smaller side (Binkowski et al. 2018, arXiv 1801.01401). The standard error is that of the whole sets,
-    by the delete-d jackknife (Shao and Wu 1989): the deviation of the subsets times `sqrt(m / (n - m))`, m
-    the size of a subset and n of the smaller side. Up to twice too large where the sets do not differ.
+    the smaller side (Binkowski et al. 2018, arXiv 1801.01401). The mean over all subsets would be that of the
+    whole sets, so the standard error is that of the whole sets (`evaluation.mmd_variance`) and that of a mean
+    of so many subsets: how far the figure would be for other pictures and other subsets of them.
 
     Raises:
         ValueError: fewer than four pictures on a side, fewer than two subsets, or as `frechet_distance`.
@@ -85,7 +86,8 @@ def kernel_distance(
             [_unbiased(_drawn(generated, size, rng), _drawn(real, size, rng)) for _ in range(subsets)],
             dtype=torch.float64,
         )
-        return float(values.mean()), float(values.std()) * (size / (smaller - size)) ** 0.5
+        sums = [_cubic_sums(*pair) for pair in ((generated, generated), (real, real), (generated, real))]
+        return float(values.mean()), (mmd_variance(*sums) + float(values.var()) / subsets) ** 0.5
 
 
 def mmd(generated: Tensor, real: Tensor) -> float:
@@ -277,6 +279,20 @@ def _kernel_mean(kernel: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> fl
 def _unbiased(one: Tensor, two: Tensor) -> float:
     across = _kernel_sum(_cubic, one, two) / (len(one) * len(two))
     return _kernel_mean(_cubic, one) + _kernel_mean(_cubic, two) - 2 * across
+
+
+def _cubic_sums(one: Tensor, two: Tensor) -> KernelSums:
+    """The sums of their kernel, without the diagonal of a set with itself."""
+    rows, columns = (torch.zeros(len(each), dtype=torch.float64) for each in (one, two))
+    squares = 0.0
+    for where, part in _parts(one):
+        for places, other in _parts(two):
+            values = _cubic(part, other)
+            some = KernelSums.of(values.fill_diagonal_(0) if one is two and where == places else values)
+            rows[where] += some.rows
+            columns[places] += some.columns
+            squares += some.squares
+    return KernelSums(rows, columns, squares)
 
 
 def _blocks(one: Tensor, two: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest, chi2, norm
 
 from evaluation.arena.intervals import Jackknife
@@ -70,7 +72,10 @@ def goodness_of_fit(fit: Fit) -> GoodnessOfFit:
     model = chance * (1.0 - chance)
     within = (squares - wins**2 / votes) * votes / (votes - 1)
     ratio = within.sum() / max((votes * model).sum(), 1e-300)
-    freedom = int(met.sum()) - (len(fit.strengths) - 1)
+    # Of each group of entrants that the pairs join, all strengths but one follow from the votes.
+    joined = coo_array((np.ones(met.sum()), (one[met], other[met])), (len(fit.strengths),) * 2)
+    groups = connected_components(joined, directed=False, return_labels=False)
+    freedom = int(met.sum()) - (len(fit.strengths) - int(groups))
     if freedom < 1 or ratio <= 0:
         return GoodnessOfFit(0.0, max(freedom, 0), None)
     statistic = float((votes * (wins / votes - chance) ** 2 / (ratio * model)).sum())

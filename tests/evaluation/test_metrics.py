@@ -1,8 +1,9 @@
 """Distances against closed forms, torchmetrics and plain loops; the same on any number of threads."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from evaluation.metrics import (
     polynomial_mmd,
     precision_recall,
 )
+from evaluation.mmd_variance import KernelSums, mmd_variance
 
 
 def exact(N: int, D: int, rng: torch.Generator, mean: float, scale: float) -> Tensor:
@@ -131,23 +133,65 @@ def test_two_draws_of_one_distribution_are_perfect_and_a_collapsed_one_is_seen(r
     assert density_coverage(collapsed, real)[1] < 0.02
 
 
-def test_the_standard_error_of_the_kernel_distance_is_its_spread(rng: torch.Generator) -> None:
-    """Where sets differ; where they do not, the statistic is degenerate, and the error on the safe side."""
-    for shift, low, high in ((0.5, 0.8, 1.25), (0.0, 1.0, 2.2)):
-        pairs = [
-            (torch.randn(120, 8, generator=rng), torch.randn(120, 8, generator=rng) + shift)
-            for _ in range(150)
-        ]
-        found = [kernel_distance(*pair, subsets=40) for pair in pairs]
-        values = torch.tensor([value for value, _ in found])
-        errors = torch.tensor([error for _, error in found])
-        assert low < float(errors.mean() / values.std()) < high
-    assert abs(float(values.mean())) < 3 * float(values.std()) / 150**0.5  # unbiased: equal sets give 0
-    capped = kernel_distance(*pairs[0], subsets=40, subset_size=30)
-    assert capped[0] == pytest.approx(found[0][0], abs=3 * capped[1])
-    assert capped[1] == pytest.approx(found[0][1], rel=0.6)
-    assert kernel_distance(*pairs[0], subsets=40) == found[0]
-    assert kernel_distance(*pairs[0], subsets=40, seed=1)[0] != found[0][0]
+@pytest.mark.parametrize(
+    ("shift", "high", "N", "M", "subset_size"),
+    [(0.5, 1.2, 100, 100, 1_000), (0.0, 1.35, 100, 100, 1_000), (0.0, 1.35, 90, 60, 8)],
+)
+def test_the_standard_error_of_the_kernel_distance_is_its_spread(
+    shift: float, high: float, N: int, M: int, subset_size: int, rng: torch.Generator
+) -> None:
+    """Whether sets differ or not, and whether pictures or subsets are few."""
+    pairs = [(torch.randn(N, 8, generator=rng), torch.randn(M, 8, generator=rng) + shift) for _ in range(100)]
+    found = [kernel_distance(*pair, 15, subset_size, seed) for seed, pair in enumerate(pairs)]
+    values, errors = torch.tensor(found).T
+    assert 0.85 < float(errors.mean() / values.std()) < high  # the spread of 100 is 7 % uncertain
+    if not shift:
+        assert abs(float(values.mean())) < 3 * float(values.std()) / 100**0.5  # equal sets give 0
+    assert kernel_distance(*pairs[0], 15, subset_size) == found[0]
+    assert kernel_distance(*pairs[0], 15, subset_size, seed=1)[0] != found[0][0]
+
+
+def test_the_variance_of_the_discrepancy_is_a_plain_sum_over_different_pictures(rng: torch.Generator) -> None:
+    one, two = torch.randn(6, 3, generator=rng).double(), torch.randn(5, 3, generator=rng).double() + 2
+
+    def kernel(rows: Tensor, others: Tensor) -> Tensor:
+        return (rows @ others.T / 3 + 1) ** 3
+
+    def mean(numbers: Iterable[float]) -> float:
+        values = list(numbers)
+        return sum(values) / len(values)
+
+    def parts(within: Tensor, across: Tensor) -> tuple[float, float]:
+        """Variance of a single picture's part and of a pair's, each a mean over different pictures."""
+        rows, others = range(len(across)), range(across.shape[1])
+        fours, threes = list(permutations(rows, 4)), list(permutations(rows, 3))
+        twos, pairs = list(permutations(rows, 2)), list(permutations(others, 2))
+        own = mean(within[i, j] * within[i, k] for i, j, k in threes)
+        squared = mean(within[i, j] * within[k, m] for i, j, k, m in fours)
+        single = own - 2 * mean(within[i, j] * across[i, a] for i, j in twos for a in others)
+        single += mean(across[i, a] * across[i, b] for i in rows for a, b in pairs) - squared
+        single += 2 * mean(within[i, j] * across[k, a] for i, j, k in threes for a in others)
+        single -= mean(across[i, a] * across[j, b] for i, j in twos for a, b in pairs)
+        return single, mean(within[i, j] ** 2 for i, j in twos) - 2 * own + squared
+
+    across = kernel(one, two)
+    single, pair = parts(kernel(one, one), across)
+    single_other, pair_other = parts(kernel(two, two), across.T)
+    cells, rows, columns = across.numel(), list(permutations(range(6), 2)), list(permutations(range(5), 2))
+    both = mean(float(each) ** 2 for each in across.flatten())
+    both -= mean(across[i, a] * across[i, b] for i in range(6) for a, b in columns)
+    both -= mean(across[i, a] * across[j, a] for i, j in rows for a in range(5))
+    both += mean(across[i, a] * across[j, b] for i, j in rows for a, b in columns)
+    doubles = 2 * pair / 30 + 2 * pair_other / 20 + 4 * both / cells
+    wanted = float(4 * single / 6 + 4 * single_other / 5 + doubles)
+    sums = [KernelSums.of(each) for each in (without(kernel(one, one)), without(kernel(two, two)), across)]
+    assert wanted > 0
+    assert mmd_variance(*sums) == pytest.approx(wanted, rel=1e-9)
+
+
+def without(matrix: Tensor) -> Tensor:
+    """A matrix without its diagonal."""
+    return matrix.clone().fill_diagonal_(0)
 
 
 def test_figures_do_not_depend_on_threads(rng: torch.Generator) -> None:

@@ -65,6 +65,17 @@ def test_rock_paper_scissors_fit_no_scale(draws: np.random.Generator) -> None:
     assert found.expected == pytest.approx(0.25, abs=0.12)  # three even pairs: a quarter of all outcomes
 
 
+def test_entrants_that_nobody_voted_on_and_groups_apart_take_no_freedom() -> None:
+    circle = np.array([[0, 60, 20], [20, 0, 60], [60, 20, 0]])
+    alone = goodness_of_fit(rate(counted(circle.tolist())))
+    among, apart = np.zeros((5, 5), int), np.kron(np.eye(2, dtype=int), circle)
+    among[:3, :3] = circle
+    test = goodness_of_fit(rate(counted(among.tolist())))
+    assert (test.freedom, alone.freedom) == (1, 1)
+    assert test.p_value == pytest.approx(alone.p_value, rel=0.5)
+    assert goodness_of_fit(rate(counted(apart.tolist()))).freedom == 2
+
+
 def test_a_clear_order_has_no_cycles(draws: np.random.Generator) -> None:
     found = cycles(rate(counted([[0, 90, 95], [10, 0, 90], [5, 10, 0]])), draws)
     assert (found.triads, found.cyclic, found.p_value) == (1, 0, 1.0)
