@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.json_lines import read_json_lines
 from data.landscape_edits import draw_edit
 from data.progress import Progress
 from data.shards import Sample
@@ -85,11 +86,6 @@ def edit_sheet(before: Tensor, made: Tensor, after: Tensor, instructions: Sequen
     pictures = torch.stack([before, made, after], 1).flatten(0, 1)
     captions = [text for instruction in instructions for text in ("before", instruction, "true after")]
     return contact_sheet(pictures, captions, columns=9)
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a stage's `metrics.jsonl`; none where there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 #: Charts of evaluations made while a run trained: title -> figure -> what it is called.
@@ -207,7 +203,7 @@ def make_report(
             progress=progress.update,
         )
     metrics = {
-        stage: read_metrics(folder / stage / "metrics.jsonl") for stage in ("autoencoder", "diffusion")
+        stage: read_json_lines(folder / stage / "metrics.jsonl") for stage in ("autoencoder", "diffusion")
     }
     figures: dict[str, Any] = {"run": folder.name}
     if judged:

@@ -20,6 +20,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from data.batch import Batch
+from data.json_lines import read_json_lines
 from data.loader import Loader
 from data.progress import Progress
 from data.shard_index import write_atomic
@@ -154,13 +155,12 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.ranks.first and self.path.exists():
-            # The last line was not finished where the run was killed, and has no newline.
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["images"] <= self.stage.images_seen]
-            if len(kept) < len(lines) or not self.path.read_text().endswith("\n"):
-                write_atomic(self.path, "".join(kept).encode())
+            lines = read_json_lines(self.path)
+            kept = [line for line in lines if line["images"] <= self.stage.images_seen]
+            if len(kept) < len(lines) or not self.path.read_bytes().endswith(b"\n"):
+                write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             # Those of steps that are made again were spent as well.
-            spent = max((hours_in(json.loads(line)) for line in lines), default=0.0)
+            spent = max(map(hours_in, lines), default=0.0)
             self._meter = Meter(self.ranks.size, spent)
         self._began = self._waited_since = time.perf_counter()
 

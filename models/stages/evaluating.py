@@ -4,7 +4,6 @@ Training never waits for it and never fails with it. Figures are recorded at the
 had seen, as `eval_<name>`; an alarm of variety or of copies is told once.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from data.batch import Batch
+from data.json_lines import read_json_lines
 from models.stages.callbacks import Metrics
 from models.stages.evaluations import Evaluated, Evaluations
 from models.stages.signals import SAVE, Signals
@@ -105,7 +105,6 @@ class Evaluating(Callback):
 
 def _recorded(path: Path) -> set[int]:
     """The images at which the metrics hold figures of an evaluation."""
-    if not path.exists():
-        return set()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {int(line["images"]) for line in lines if any(key.startswith("eval_") for key in line)}
+    return {
+        int(line["images"]) for line in read_json_lines(path) if any(key.startswith("eval_") for key in line)
+    }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import StageName
+from data.json_lines import read_json_lines
 from models.registry import ConfigError, did_you_mean
 
 _FILES = {"report": Path("report.json"), "card": Path("evaluation") / "card.json"}
@@ -57,13 +58,8 @@ class Figure:
         if not self.of_training:
             return []
         stage, _, key = self.name.partition(".")
-        path = run / stage / "metrics.jsonl"
-        if not path.exists():
-            return []
-        # The last line may be half written.
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        read = [json.loads(line) for line in lines]
-        return [(int(line["images"]), float(line[key])) for line in read if _is_number(line.get(key))]
+        lines = read_json_lines(run / stage / "metrics.jsonl")
+        return [(int(line["images"]), float(line[key])) for line in lines if _is_number(line.get(key))]
 
     def value(self, run: Path) -> float | None:
         """The figure of a run that has ended; None where it tells none."""

@@ -134,7 +134,7 @@ def test_what_ended_with_the_run_is_taken_up_by_the_next(
             each.start(tmp_path / f"images-{images:012d}", images)
             ended(each)
         (tmp_path / "metrics.jsonl").write_text(
-            '{"images": 8, "eval_fd": 4.0}\n{"images": 16, "val_loss": 1}\n'
+            '{"images": 8, "eval_fd": 4.0}\n{"images": 16, "val_loss": 1}\n{"images": 16, "eval_'
         )
         evaluating = callback(each, 20)  # resumed before 24 images
         evaluating.on_train_start(trainer, trainer)
