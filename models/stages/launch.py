@@ -8,6 +8,7 @@ ranks that are saving: the exit codes and the stop protocol would be lost.)
 Use: `sys.exit(launch(2))` in the process that a user started.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,9 +53,10 @@ def launch(size: int, name: str = "train", again: str = "resume=true") -> int:
 
 
 def run_command(command: Sequence[str]) -> int:
-    """The exit code of `command`, run as a process group of its own that ends with this process.
+    """The exit code of `command`, run as a process group of its own that ends with it and with this process.
 
-    What is sent to this process is passed on; 130 and 143 are those of a command that was asked to stop.
+    What is sent to this process is passed on to the command alone, which passes it on to what it started; 130
+    and 143 are those of a command that was asked to stop.
     """
     process = subprocess.Popen(
         list(command), env=os.environ | {PARENT: str(os.getpid())}, start_new_session=True
@@ -68,7 +70,8 @@ def run_command(command: Sequence[str]) -> int:
     try:
         code = process.wait()
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started and left behind as well
         for number, handler in before.items():
             signal.signal(number, handler)
     return _STOPPED.get(-code, _LOST) if code < 0 else code
