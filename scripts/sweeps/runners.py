@@ -5,6 +5,7 @@ down: a job of SLURM goes on whatever happens to the sweep, a process on this ma
 """
 
 import contextlib
+import hashlib
 import os
 import shlex
 import signal
@@ -23,7 +24,12 @@ from models.stages.ranks import VARIABLES
 
 #: Seconds that a trial gets to save and end, when it is asked to.
 _GRACE = 120.0
-_NEVER_RAN, _UNKNOWN = 5, 5
+#: Exit code of a job of which SLURM tells none.
+_UNKNOWN = 5
+#: Seconds that a command of SLURM gets to answer.
+_PATIENCE = 60.0
+#: States in which SLURM's accounting shows a job that goes on, or will.
+_GOES_ON = ("PENDING", "RUNNING", "REQUEUED", "RESIZING", "SUSPENDED", "CONFIGURING", "COMPLETING")
 
 
 class Job(ABC):
@@ -118,6 +124,8 @@ class SlurmJob(Job):
         if not told:
             return None  # the accounting comes a moment later
         state, _, code = told.splitlines()[0].partition("|")
+        if state.startswith(_GOES_ON):
+            return None  # squeue did not answer
         number, _, by_signal = code.partition(":")
         if state.startswith("COMPLETED"):
             return 0
@@ -151,7 +159,7 @@ class Slurm(Runner):
     def start(self, number: int, command: Sequence[str], log: Path) -> Job:
         script = self.folder / f"{number:03d}.sbatch"
         lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in self.options)]
-        lines += [f"#SBATCH --job-name={self.folder.name}-{number:03d}", f"#SBATCH --output={log}"]
+        lines += [f"#SBATCH --job-name={self._name(number)}", f"#SBATCH --output={log}"]
         lines += ["#SBATCH --open-mode=append", "#SBATCH --requeue"]
         # exec: the signal that SLURM sends to the batch shell reaches train.py, which saves.
         lines += [f"cd {shlex.quote(str(Path.cwd()))}", f"exec {shlex.join(command)}"]
@@ -161,8 +169,18 @@ class Slurm(Runner):
         return job
 
     def find(self, number: int) -> Job | None:
+        # By name first: a sweep that was killed may have submitted a job and not written down which.
+        name = f"--name={self._name(number)}"
+        ids = _ask("squeue", "--noheader", "--me", name, "--format=%i", wanted=True).split()
+        if ids:
+            return SlurmJob(ids[0])
         path = self.folder / f"{number:03d}.job"
         return SlurmJob(path.read_text().strip()) if path.exists() else None
+
+    def _name(self, number: int) -> str:
+        """What the job of a trial is called: of this folder alone, whatever other sweeps there are."""
+        place = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:8]
+        return f"{self.folder.name}-{place}-{number:03d}"
 
 
 def _unplaced() -> dict[str, str]:
@@ -177,9 +195,13 @@ def _ask(*command: str, wanted: bool = False) -> str:
         OSError: SLURM is not here, or what was wanted failed.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=_unplaced())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, env=_unplaced())
     except FileNotFoundError:
         raise OSError(f"{command[0]} is not here; where=slurm needs SLURM's commands on PATH") from None
+    except subprocess.TimeoutExpired:
+        if wanted:
+            raise OSError(f"{command[0]} did not answer in {_PATIENCE:g} seconds; try again later") from None
+        return ""
     if done.returncode and wanted:
         raise OSError(f"{command[0]} failed: {done.stderr.strip()[:200]}")
     return "" if done.returncode else done.stdout.strip()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from optuna.trial import TrialState
 from conf.cli import FOLDER
 from conf.schema import plain, register
 from models.registry import ConfigError
-from scripts.sweeps import driver
+from scripts.sweeps import driver, runners
 from scripts.sweeps.driver import Asked, Sweep, best_of, locked, open_study
 from scripts.sweeps.figures import Figure
 from scripts.sweeps.page import StudyPage, importances
-from scripts.sweeps.runners import Here, Slurm
+from scripts.sweeps.runners import Here, Slurm, SlurmJob
 from scripts.sweeps.space import Space, words_of
+from tests.servers import wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 LOSS = Figure("diffusion.val_loss", maximize=False)
@@ -315,24 +316,71 @@ def test_the_best_as_a_file_is_an_experiment(tmp_path: Path) -> None:
 
 
 FAKES = {
-    "sbatch": 'n=$(ls "$STATE" | grep -c job); (bash "$2" >/dev/null 2>&1; echo $? > "$STATE/done.$n") & '
-    'touch "$STATE/job.$n"; echo $n',
-    "squeue": '[ -e "$STATE/done.$3" ] || echo RUNNING',
+    "sbatch": 'n=$(ls "$STATE" | grep -c job); (bash "$2"; echo $? > "$STATE/done.$n") >/dev/null 2>&1 & '
+    'grep -o "job-name=.*" "$2" > "$STATE/job.$n"; echo $n',
+    "squeue": "for word; do case $word in --name=*) "
+    'for n in $(grep -lx "job-name=${word#--name=}" "$STATE"/job.* 2>/dev/null); do n=${n##*.}; '
+    '[ -e "$STATE/done.$n" ] || echo $n; done; exit 0;; esac; done; [ -e "$STATE/done.$3" ] || echo RUNNING',
     "sacct": '[ -e "$STATE/done.$5" ] && code=$(cat "$STATE/done.$5") && '
     '{ [ "$code" = 0 ] && echo "COMPLETED|0:0" || echo "FAILED|$code:0"; }',
     "scancel": "true",
 }
 
 
-def test_slurm_runs_trials_as_jobs(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: Any) -> Callable[..., None]:
+    """A SLURM that runs jobs here; called, it replaces commands."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "state").mkdir()
-    for name, body in FAKES.items():
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("STATE", str(tmp_path / "state"))
+
+    def install(**commands: str) -> None:
+        for name, body in commands.items():
+            path = tmp_path / "bin" / name
+            path.write_text(f"#!/bin/bash\n{body}\n")
+            path.chmod(0o755)
+
+    install(**FAKES)
+    return install
+
+
+def test_a_job_that_was_submitted_and_not_written_down_is_found(
+    tmp_path: Path, cluster: Callable[..., None]
+) -> None:
+    (tmp_path / "s").mkdir()
+    stop = tmp_path / "stop"
+    command = ["bash", "-c", f"until [ -e {stop} ]; do sleep 0.05; done"]
+    try:
+        started = Slurm(1, tmp_path / "s", []).start(0, command, tmp_path / "log")
+        (tmp_path / "s" / "000.job").unlink()  # killed before it was written
+        again = Slurm(1, tmp_path / "s", [])
+        assert again.find(0) == started
+        assert again.find(1) is None
+        assert Slurm(1, tmp_path / "other" / "s", []).find(0) is None
+        (tmp_path / "s" / "000.job").write_text("77")  # that of an earlier job
+        assert again.find(0) == started
+    finally:
+        stop.touch()
+    wait_for(lambda: started.ended() is not None)
+    assert started.ended() == 0
+
+
+def test_a_slurm_that_does_not_answer_ends_no_trial(
+    cluster: Callable[..., None], tmp_path: Path, monkeypatch: Any
+) -> None:
+    cluster(squeue="exit 1", sacct='echo "RUNNING|0:0"')
+    assert SlurmJob("5").ended() is None
+    cluster(sacct='echo "FAILED|3:0"')
+    assert SlurmJob("5").ended() == 3
+    monkeypatch.setattr(runners, "_PATIENCE", 0.2)
+    cluster(squeue="exec sleep 5", sacct="exec sleep 5", sbatch="exec sleep 5")
+    assert SlurmJob("5").ended() is None
+    with pytest.raises(OSError, match="did not answer"):
+        Slurm(1, tmp_path, []).find(0)
+
+
+def test_slurm_runs_trials_as_jobs(tmp_path: Path, cluster: Callable[..., None]) -> None:
     text = TRAINER.replace('parent = int(os.environ["FIRSTLIGHT_PARENT"])', "parent = os.getppid()")
     (driver.PROJECT / "train.py").write_text(text)
     folder = tmp_path / "s"
