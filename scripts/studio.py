@@ -4,8 +4,8 @@
     python scripts/studio.py runs/landscapes model.safetensors
     python scripts/studio.py large=runs/b early=runs/a/diffusion/checkpoints/images-000000008000
 
-It prints the address to open. Ctrl-C ends it; every finished picture is in the folder `--pictures`, with the
-record that `python sample.py verify=PICTURE` prints.
+It prints the address to open. Ctrl-C ends it; finished pictures are in the folder `--pictures`, each with the
+record that `python sample.py verify=PICTURE` prints. The newest 4 GiB of them are kept, or `--keep` GiB.
 """
 
 import argparse
@@ -55,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
         default=Path("samples/studio"),
         help="folder of finished pictures (%(default)s)",
     )
+    add(
+        "--keep",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="of finished pictures; where there are more the oldest are removed, with inf none (%(default)s)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where networks run (%(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on; only this machine can reach the default")
     add("--port", type=int, default=PORT, help="port to listen on; 0 takes a free one (%(default)s)")
@@ -96,6 +103,8 @@ def serve(args: argparse.Namespace) -> None:
 
     if not 0 <= args.port <= 65_535:
         raise ConfigError(f"--port is {args.port}, but must be from 0 to 65,535")
+    if not args.keep > 0:
+        raise ConfigError(f"--keep is {args.keep}, but must be above 0; inf keeps every picture")
     places = [Place.of(word) for word in args.checkpoints or ["runs"]]
     check(places)
     from web.album import Album
@@ -107,7 +116,7 @@ def serve(args: argparse.Namespace) -> None:
     from web.studio import studio_part
 
     shelf = Shelf(places, choose_device(args.device))
-    painter = Painter(shelf, Album(args.pictures))
+    painter = Painter(shelf, Album(args.pictures, kept_bytes=args.keep * 2**30))
     listener = listen(args.host, args.port)
     port = int(listener.getsockname()[1])
     try:

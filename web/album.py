@@ -3,11 +3,14 @@
     20261126-115804-123456-9f2c01aa.png     its record inside, as `sample.py` writes it
     20261126-115804-123456-9f2c01aa.json    the record alone
 
-Pictures are written whole or not at all and never written over. A name from a page is looked up among those
-that are there and never becomes a path. Use: `name = album.add(pixels, record)`, `album.png(name)`.
+Pictures are written whole or not at all and never written over. What they take on the disk is bounded: the
+oldest go first. Files of other names in the folder were made elsewhere: they are not shown, and stay. A name
+from a page is looked up among those that are there and never becomes a path.
+Use: `name = album.add(pixels, record)`, `album.png(name)`.
 """
 
 import json
+import re
 import secrets
 import threading
 from bisect import bisect_left, insort
@@ -23,24 +26,36 @@ from data.arrays import write_atomic
 from data.pictures import Look, encode_picture, read_record
 from data.shard_index import DataError
 
-#: Bytes of pictures that are kept in memory.
-MAX_BYTES = 64 << 20
+#: Bytes of pictures that are kept in memory, and on the disk.
+MAX_BYTES, KEPT_BYTES = 64 << 20, 4 << 30
+#: The names that are given here.
+NAME = re.compile(r"\d{8}-\d{6}-\d{6}-[0-9a-f]{8}")
 
 
 class Album:
     """The pictures in `folder`, which is made where it is missing; may be used from several threads.
 
+    Args:
+        folder: of the pictures and records.
+        max_bytes: of pictures that are kept in memory.
+        kept_bytes: of pictures that stay on the disk, the newest ones; the last one stays whatever it weighs.
+
     Raises OSError where the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES, kept_bytes: float = KEPT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.max_bytes = max_bytes
+        self.kept_bytes = kept_bytes
         self._lock = threading.Lock()
-        self._names = sorted(path.stem for path in folder.glob("*.png"))
+        found = [path for path in folder.glob("*.png") if NAME.fullmatch(path.stem)]
+        self._sizes = {path.stem: path.stat().st_size for path in found}
+        self._names = sorted(self._sizes)
+        self._on_disk = sum(self._sizes.values())
         self._memory: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
+        self._make_room()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -54,7 +69,10 @@ class Album:
             write_atomic(self.folder / f"{name}.json", text.encode())
             write_atomic(self.folder / f"{name}.png", png)
             insort(self._names, name)
+            self._sizes[name] = len(png)
+            self._on_disk += len(png)
             self._keep(name, png)
+            self._make_room()
         return name
 
     def png(self, name: str) -> bytes:
@@ -94,6 +112,15 @@ class Album:
     def _has(self, name: str) -> bool:
         place = bisect_left(self._names, name)
         return place < len(self._names) and self._names[place] == name
+
+    def _make_room(self) -> None:
+        """Removes the oldest pictures until the others weigh no more than is kept."""
+        while self._on_disk > self.kept_bytes and len(self._names) > 1:
+            name = self._names.pop(0)
+            self._on_disk -= self._sizes.pop(name)
+            self._bytes -= len(self._memory.pop(name, b""))
+            for suffix in (".json", ".png"):  # the picture last: one without its record is found again
+                (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
 
     def _keep(self, name: str, png: bytes) -> None:
         self._memory[name] = png

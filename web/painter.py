@@ -131,6 +131,8 @@ class Order:
     def tell(self, told: Told) -> None:
         """Replaces what is known of it."""
         self.told = told
+        if told.state in ENDED:
+            self.panels = ()  # the pictures that it started from need no memory any more
         for changed in tuple(self._watchers):
             changed()
 
@@ -216,8 +218,16 @@ class Painter:
                     self._surveyed = True
             if order is not None:
                 self._paint(order)
-            elif self.shelf.survey():
+            elif self._survey():
                 self._surveyed = False
+
+    def _survey(self) -> bool:
+        """Whether a checkpoint was read that had not been; what cannot be looked at is for another time."""
+        try:
+            return self.shelf.survey()
+        except OSError as error:
+            log.error("the checkpoints cannot be looked at: %s", error)
+            return False
 
     def _paint(self, order: Order) -> None:
         """Paints an order; whatever goes wrong is told, and the next one is painted all the same."""

@@ -72,12 +72,18 @@ class Access:
         secret: signs the cookies; a visitor is the same one as long as it lives.
         token: opens the page, as `/?token=...`; several people may use it.
         cookie: name of the cookie; of the port too, since browsers share cookies between ports.
+        names: those of the hosts that a proxy with TLS may answer for.
     """
 
     hosts: frozenset[str]
     secret: bytes = field(repr=False)
     token: str = field(repr=False)
     cookie: str
+    names: frozenset[str] = frozenset()
+
+    def is_own(self, origin: str, host: str) -> bool:
+        """Returns whether a page of ours, opened by the name `host`, is of that Origin header."""
+        return origin == f"http://{host}" or (host in self.names and origin == f"https://{host}")
 
     @classmethod
     def of(cls, host: str, port: int, secret: bytes, names: Sequence[str] = ()) -> "Access":
@@ -92,10 +98,11 @@ class Access:
                 f"page is opened, such as --name arena.example.com:{port}"
             )
         own = [host] if ":" not in host else [f"[{host}]"]
-        hosts = {f"{name}:{port}" for name in (*LOOPBACK, *own)} | {name.lower() for name in names}
+        given = frozenset(name.lower() for name in names)
+        hosts = {f"{name}:{port}" for name in (*LOOPBACK, *own)} | given
         if port == 80:
             hosts |= {name.removesuffix(":80") for name in hosts}
-        return cls(frozenset(hosts), secret, secrets.token_urlsafe(24), f"firstlight-{port}")
+        return cls(frozenset(hosts), secret, secrets.token_urlsafe(24), f"firstlight-{port}", given)
 
     def sign(self, kind: str, text: str) -> str:
         """Returns the HMAC-SHA256 of a text under the secret, 32 hex digits, for one kind of use."""
@@ -217,11 +224,21 @@ class Guard:
             )
         _check_fetch(scope, headers)
         if scope["method"] == "POST":
-            _check_post(headers)
+            self._check_post(headers)
             limit = self.body_limits.get(scope["path"], MAX_BODY)
             receive = await _read_body(receive, headers, limit)
         scope["visitor"] = visitor
         await self.app(scope, receive, send)
+
+    def _check_post(self, headers: Mapping[str, str]) -> None:
+        """What changes something must be sent by a page of ours, as JSON."""
+        if not self.access.is_own(headers.get("origin", "").lower(), headers["host"].lower()):
+            raise RequestError(403, "this request does not come from a page of this server")
+        if headers.get("content-type", "").lower().replace(" ", "") not in (
+            "application/json",
+            "application/json;charset=utf-8",
+        ):
+            raise RequestError(415, "send application/json")
 
     async def _enter(
         self,
@@ -304,17 +321,6 @@ def _check_fetch(scope: Scope, headers: Mapping[str, str]) -> None:
     navigates = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
     if site not in ("same-origin", "none") and not navigates:
         raise RequestError(403, "this request was made by another site")
-
-
-def _check_post(headers: Mapping[str, str]) -> None:
-    """What changes something must be sent by a page of ours, as JSON."""
-    if headers.get("origin", "").lower() not in (f"http://{headers['host'].lower()}",):
-        raise RequestError(403, "this request does not come from a page of this server")
-    if headers.get("content-type", "").lower().replace(" ", "") not in (
-        "application/json",
-        "application/json;charset=utf-8",
-    ):
-        raise RequestError(415, "send application/json")
 
 
 async def _read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> Receive:

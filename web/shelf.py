@@ -9,6 +9,7 @@ loaded again once it has a newer checkpoint.
 
 import contextlib
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from models.checkpoint_folders import folders
 from models.loading import load_pipeline
 from models.pipeline import Pipeline
 from models.registry import ConfigError
+
+log = logging.getLogger(__name__)
 
 #: Checkpoints that are in memory at once.
 KEPT = 3
@@ -155,6 +158,10 @@ class Shelf:
             return Source(pipeline, str(offer.path), sha256)
         except (CheckpointError, ConfigError, OSError) as error:
             problem = " ".join(str(error).split())
+            raise CheckpointError(problem) from None
+        except Exception as error:  # no memory for it, or a file that no check foresaw
+            log.error("%s: %s: %s", offer.path, type(error).__name__, error)
+            problem = "it cannot be loaded; the server's log says why"
             raise CheckpointError(problem) from None
         finally:
             with self._lock:

@@ -43,6 +43,8 @@ FILES = {"/studio": "studio.html", "/studio.css": "studio.css"} | {
 MAX_TEXT, MAX_PICTURES, MAX_STEPS, MAX_PANELS = 1_000, 16, 250, 2
 #: All pixels of an order together, in pictures of the training size.
 MAX_AREA = 64
+#: Characters of the name of a sampler or a grid.
+MAX_NAME = 64
 #: Largest whole number that a page can say exactly.
 MAX_SEED = 2**53 - 1
 #: Bytes of an order, pixels of its picture, pictures of one page of history.
@@ -83,7 +85,10 @@ def _whole(value: Any, low: int, high: int) -> int:
 def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise ValueError("a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a number that is less long") from None
 
 
 def _size(value: Any) -> list[int]:
@@ -93,7 +98,7 @@ def _size(value: Any) -> list[int]:
 
 
 def _named(value: Any, group: str) -> dict[str, Any]:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_NAME:
         raise ValueError("a name")
     return part(group, value)
 

@@ -98,12 +98,16 @@ class Site:
 
 @contextmanager
 def serving(
-    parts: Sequence[Part], idle_seconds: float = 15.0, visitors: Buckets | None = None, secret: bytes = b"s"
+    parts: Sequence[Part],
+    idle_seconds: float = 15.0,
+    visitors: Buckets | None = None,
+    secret: bytes = b"s",
+    names: Sequence[str] = (),
 ) -> Iterator[Site]:
     """Serves `parts` from a thread of this process."""
     listener = listen("127.0.0.1", 0)
     port = int(listener.getsockname()[1])
-    access = Access.of("127.0.0.1", port, secret)
+    access = Access.of("127.0.0.1", port, secret, names)
     strangers = Buckets(1e6, 1e6)
     server = Server(create_app(access, parts, visitors, strangers), listener, idle_seconds)
     thread = threading.Thread(target=server.run)

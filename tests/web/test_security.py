@@ -155,6 +155,17 @@ def test_a_change_comes_from_our_own_page_as_json(
     assert status != 200 or answer.json()["got"] == {"a": 1}
 
 
+def test_a_name_that_was_given_may_be_that_of_a_proxy_with_tls() -> None:
+    with serving([PART], names=["Studio.example.com"]) as site:
+        browser = site.browser()
+        behind = {"Host": "studio.example.com"}
+        for origin, status in (
+            *(("https://studio.example.com", 200), ("http://studio.example.com", 200)),
+            *(("https://other.example.com", 403), (f"https://127.0.0.1:{site.port}", 403)),
+        ):
+            assert browser.post("/api/echo", {}, **behind, Origin=origin).status == status
+
+
 def test_a_picture_in_a_foreign_page_is_refused(browser: Browser) -> None:
     foreign = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
     assert browser.get("/test", **foreign).status == 403

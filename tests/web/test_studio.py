@@ -21,6 +21,7 @@ from data.pictures import read_record
 from tests.servers import wait_for
 from tests.web.serving import Answer, Browser, serving
 from web import painter as painting
+from web import shelf as shelving
 from web.album import Album
 from web.painter import MAX_EACH, Order, Painter, Panel, State
 from web.security import Buckets
@@ -74,7 +75,7 @@ def ready(browser: Browser) -> dict[str, dict[str, Any]]:
         found[:] = browser.get("/api/studio/checkpoints").json()["checkpoints"]
         return all(each["state"] != "unread" for each in found)
 
-    wait_for(read)
+    wait_for(read, 60)
     return {each["name"]: each for each in found}
 
 
@@ -204,6 +205,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"size": [1024, 16]}, "a side of at most 128"),
     ({"size": [128, 128], "num_images": 2}, "up to 1"),
     ({"strength": 0.5}, "there is no image to start from"),
+    ({"guidance_scale": 10**400}, "guidance_scale must be a number"),
+    ({"sampler": "x" * 2_000_000}, "sampler must be a name"),
     ({"num_steps": 0}, "num_steps must be a whole number"),
     ({"num_steps": True}, "num_steps must be a whole number"),
     ({"num_images": 17}, "num_images must be"),
@@ -306,6 +309,29 @@ def test_a_painter_goes_on_after_a_failure_and_names_no_path_of_the_machine(runs
     assert not any(thread.name == "painter" for thread in threading.enumerate())
 
 
+def test_what_no_check_of_a_checkpoint_foresaw_ends_no_thread(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = shelving.load_pipeline
+
+    def fails(path: Path, device: torch.device) -> Any:
+        if path.name == "first":
+            raise RuntimeError("secret: out of memory")
+        return load(path, device)
+
+    monkeypatch.setattr(shelving, "load_pipeline", fails)
+    with studio("runs/first", "runs/second") as (browser, painter):
+        offers = ready(browser)
+        assert offers["runs/first"]["state"] == "damaged"
+        assert "secret" not in offers["runs/first"]["problem"]
+        monkeypatch.setattr(Shelf, "survey", lambda self: (_ for _ in ()).throw(PermissionError("no")))
+        browser.get("/api/studio/checkpoints")
+        asked = {"checkpoints": [offers["runs/second"]["id"]], "prompt": "a", "num_images": 1, "num_steps": 1}
+        assert paint(browser, **asked)[-1]["state"] == "done"
+        (order,) = painter._orders.values()
+        assert order.panels == (), "the pictures it started from are kept"
+
+
 def test_few_checkpoints_stay_in_memory_and_a_newer_one_is_loaded(
     runs: Path, make_run: Callable[..., Path], tiny_config: dict[str, Any]
 ) -> None:
@@ -338,3 +364,24 @@ def test_the_memory_of_an_album_is_bounded(tmp_path: Path) -> None:
     assert len(album.png(names[0])) > 700
     (tmp_path / "album" / f"{names[1]}.png").write_bytes(b"damaged")
     assert dict(album.latest(8))[names[1]] == {}
+
+
+def test_the_newest_pictures_stay_on_the_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "album"
+    album = Album(folder, kept_bytes=3_500)  # a picture of noise weighs about 1,000
+    (folder / 'mine".png').write_bytes(b"x" * 9_999)
+    names = []
+    for k in range(6):
+        names.append(album.add(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8), {"index": k}))
+        time.sleep(1e-3)
+    kept = names[-len(album) :]
+    assert 1 < len(kept) < 6
+    assert sorted(path.stem for path in folder.glob("*.json")) == kept
+    assert sorted(path.stem for path in folder.glob("2*.png")) == kept
+    assert sum((folder / f"{name}.png").stat().st_size for name in kept) <= 3_500
+    assert (folder / 'mine".png').exists(), "it was made elsewhere"
+    with pytest.raises(KeyError):
+        album.png(names[0])
+    assert [name for name, _ in Album(folder, kept_bytes=1).latest(9)] == names[-1:]
+    with pytest.raises(KeyError):
+        album.png('mine"')
