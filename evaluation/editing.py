@@ -7,13 +7,13 @@ channel, such as the land where the sky was cleared; there the picture should be
 against the exact render after the edit is an upper figure: a new terrain may look in many ways, of which the
 render is one. `ceiling` and `doing_nothing` measure the exact renders, so that a figure has both its ends.
 
-    edits = [draw_edit(VAL_SEED, k) for k in range(256)]
-    measure_edits(load_pipeline(...)[0], judge, edits, sampling)["changed"]
+    before, after = (renders(scenes, 64) for scenes in zip(*[(edit.before, edit.after) for edit in edits]))
+    score_edits(judge, Edited(edits, before, made, after))["changed"]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +22,9 @@ from torch import Tensor
 from data.landscape_edits import Edit
 from data.landscapes import FACTORS, Scene, factors, render
 from evaluation.adherence import AdherenceJudge
-from models.sampling import Job, Sampling
 
-#: Levels of 255 by which a pixel of two renders may differ and still be the same.
+#: Pixels of two renders that differ by fewer levels of 255 are the same.
 SAME = 2
-
-
-class Editor(Protocol):
-    """What edits: a `Pipeline` that was trained to."""
-
-    resolution: int
-
-    def generate(
-        self, jobs: Sequence[Job], sampling: Sampling, *, progress: Callable[[int], None] | None = None
-    ) -> Tensor:
-        """One picture a job, uint8 `[N 3 H W]` on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,43 +35,6 @@ class Edited:
     before: Tensor
     made: Tensor
     after: Tensor
-
-
-def measure_edits(
-    pipeline: Editor,
-    judge: AdherenceJudge,
-    edits: Sequence[Edit],
-    sampling: Sampling,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """The figures of `score_edits` for pictures that `pipeline` makes of the renders before.
-
-    Args:
-        pipeline: what edits.
-        judge: of landscapes.
-        edits: of seeds that were not trained on.
-        sampling: how to make the pictures; that of edit k has index k.
-        progress: told how many pictures are done.
-
-    Raises:
-        ValueError: no edits.
-    """
-    return score_edits(judge, make_edits(pipeline, edits, sampling, progress))
-
-
-def make_edits(
-    pipeline: Editor,
-    edits: Sequence[Edit],
-    sampling: Sampling,
-    progress: Callable[[int], None] | None = None,
-) -> Edited:
-    """The edits with their pictures; ValueError where there are none."""
-    if not edits:
-        raise ValueError("no edits to make; give at least one")
-    before = renders([edit.before for edit in edits], pipeline.resolution)
-    jobs = [Job(edit.instruction, k, before=before[k]) for k, edit in enumerate(edits)]
-    made = pipeline.generate(jobs, sampling, progress=progress)
-    return Edited(edits, before, made, renders([edit.after for edit in edits], pipeline.resolution))
 
 
 def score_edits(judge: AdherenceJudge, edited: Edited) -> dict[str, Any]:

@@ -6,63 +6,18 @@ Morrison 1950). Those reductions are summed over all differences, each weighted 
 matters: a pair whose order is settled matters little, one that could be either way much. Pairs are drawn in
 proportion to a power of the sum. Which power: to separate 6 to 20 simulated entrants took 0.44 to 0.63 of the
 votes that even pairing takes with the first, 0.27 to 0.51 with the fourth.
-Use: `choice = choose(VoteTable.of(votes, entrants), rng)`.
+Use: `pair_probabilities(table.counts(), allowed)`; `evaluation.arena.matches` draws from them.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr
 
 from evaluation.arena.intervals import model_covariance
 from evaluation.arena.ratings import rate
-from evaluation.arena.votes import VoteTable
 
 #: The share of showings that are spread evenly over all pairs: each keeps a chance, whatever the votes say.
 EXPLORATION = 0.2
 SHARPNESS = 4
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Two entrants as they are to be shown; `propensity` is the probability of this pair among all pairs."""
-
-    left: str
-    right: str
-    propensity: float
-
-
-def choose(
-    table: VoteTable,
-    rng: np.random.Generator,
-    among: Sequence[str] | None = None,
-    exploration: float = EXPLORATION,
-) -> Choice:
-    """Returns a pair drawn by `pair_probabilities`, on sides drawn by `rng`.
-
-    `among` are the entrants that can be shown now; None: all of the table.
-
-    Raises:
-        ValueError: fewer than two entrants to choose from, or one that the table does not know.
-    """
-    names = table.entrants if among is None else tuple(among)
-    unknown = set(names) - set(table.entrants)
-    if unknown:
-        raise ValueError(f"the table of votes does not know {sorted(unknown)}; give it all entrants by name")
-    allowed = np.isin(np.array(table.entrants), np.array(names))
-    return draw(table.entrants, pair_probabilities(table.counts(), allowed, exploration), rng)
-
-
-def draw(entrants: Sequence[str], probabilities: np.ndarray, rng: np.random.Generator) -> Choice:
-    """Returns a pair drawn from `probabilities` float64 `[n n]`, on sides drawn by `rng`.
-
-    For a server that computes the probabilities once for many showings.
-    """
-    flat = probabilities.ravel()
-    first, second = divmod(int(rng.choice(len(flat), p=flat / flat.sum())), len(entrants))
-    sides = (first, second) if rng.random() < 0.5 else (second, first)
-    return Choice(entrants[sides[0]], entrants[sides[1]], float(probabilities[first, second]))
 
 
 def pair_probabilities(

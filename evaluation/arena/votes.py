@@ -37,7 +37,7 @@ class Vote:
     `left` and `right` are the ids of the entrants as they were shown; `prompt` is the prompt's id; `category`
     may be empty; `voter` is an opaque id; `showing` counts the pairs that this voter was shown, from 0;
     `time` is in seconds since 1970, UTC; `propensity` is the probability with which this pair was chosen
-    among all pairs (`pairing.Choice`), NaN where it is unknown.
+    among all pairs (`matches.Match`), NaN where it is unknown.
 
     Raises:
         ValueError: an entrant against itself, or a propensity outside (0, 1].

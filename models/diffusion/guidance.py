@@ -162,19 +162,6 @@ def _evaluation(
     return evaluate
 
 
-def classifier_free(
-    denoiser: ConditionalDenoiser,
-    conditioning: Conditioning,
-    null_conditioning: Conditioning,
-    guidance_scale: float,
-) -> Denoise:
-    """Classifier-free guidance, `uncond + s * (cond - uncond)` (Ho and Salimans 2022, arXiv 2207.12598).
-
-    `guidance_scale` 1 is the conditional branch alone and 0 the unconditional one; each costs one branch.
-    """
-    return Guidance()(denoiser, conditioning, null_conditioning, guidance_scale)
-
-
 class Guidance:
     """Guidance with its refinements, which are all off by default and combine freely.
 
@@ -225,29 +212,12 @@ class Guidance:
             *([ZeroInit(zero_init)] if zero_init != 0 else []),
         )
 
-    def __call__(
-        self,
-        denoiser: ConditionalDenoiser,
-        conditioning: Conditioning,
-        null_conditioning: Conditioning,
-        guidance_scale: float,
-        weaker: ConditionalDenoiser | None = None,
-    ) -> Denoise:
-        """A `(x_t, t) -> x0_hat` for one batch of pictures: `null + s * (cond - null)`, refined.
-
-        Args:
-            denoiser: of both branches.
-            conditioning: of the prompts, batch B.
-            null_conditioning: of the empty caption or of negative prompts, batch B.
-            guidance_scale: `s`; 1 is the conditional branch alone.
-            weaker: computes the null branch instead: a smaller or earlier checkpoint for autoguidance (Karras
-                et al. 2024, arXiv 2406.02507), where `null_conditioning` is the prompts' own.
-        """
-        return self.combine(
-            denoiser,
-            [Branch(1 - guidance_scale, null_conditioning, weaker), Branch(guidance_scale, conditioning)],
-        )
-
     def combine(self, denoiser: ConditionalDenoiser, branches: Sequence[Branch]) -> Denoise:
-        """As calling it, for any branches whose weights sum to 1, the reference last; see `guide`."""
+        """A `(x_t, t) -> x0_hat` for one batch of pictures: the refined sum of the branches; see `guide`.
+
+        Their weights sum to 1 and the last is the reference. `(1 - s, null)` and `(s, cond)` are
+        classifier-free guidance, `null + s (cond - null)` (Ho and Salimans 2022, arXiv 2207.12598), of which
+        `s` 1 costs one branch; with a weaker denoiser and the prompts' own conditioning in the first they are
+        autoguidance (Karras et al. 2024, arXiv 2406.02507).
+        """
         return guide(denoiser, branches, self.corrections, self.interval)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from evaluation.arena.intervals import covariance
-from evaluation.arena.pairing import choose, draw, pair_probabilities
+from evaluation.arena.pairing import pair_probabilities
 from evaluation.arena.ratings import rate
-from evaluation.arena.votes import Outcome, Vote, VoteTable
 
 Simulate = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 ALL = np.ones(4, bool)
@@ -42,30 +41,19 @@ def test_a_newcomer_is_asked_about() -> None:
     assert shares[:, 3].sum() > 0.8
 
 
-def test_draws_follow_their_propensities_and_sides_are_even(draws: np.random.Generator) -> None:
-    shares = np.zeros((3, 3))
-    shares[0, 1], shares[0, 2], shares[1, 2] = 0.7, 0.2, 0.1
-    choices = [draw(("a", "b", "c"), shares, draws) for _ in range(4000)]
-    ab = [c for c in choices if {c.left, c.right} == {"a", "b"}]
-    assert len(ab) / 4000 == pytest.approx(0.7, abs=0.03)
-    assert {c.propensity for c in ab} == {0.7}
-    assert sum(c.left == "a" for c in ab) / len(ab) == pytest.approx(0.5, abs=0.03)
-
-
-def test_only_those_that_can_be_shown_are(draws: np.random.Generator) -> None:
-    table = VoteTable.of([Vote("a", "b", Outcome.LEFT, "p", "", "v", 0, 0.0)], ["a", "b", "c"])
-    chosen = {frozenset((c.left, c.right)) for c in (choose(table, draws, ["c", "a"]) for _ in range(20))}
-    assert chosen == {frozenset("ac")}
-    assert choose(table, draws, ["a", "c"]).propensity == pytest.approx(1.0)
+def test_only_those_that_can_be_shown_are() -> None:
+    shares = pair_probabilities(np.zeros((3, 3, 4), np.int64), np.array([True, False, True]))
+    assert shares[0, 2] == pytest.approx(1.0)
+    assert shares.sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
-    ("among", "exploration", "error"),
-    [(["a"], 0.2, "a pair needs two"), (["a", "x"], 0.2, "does not know"), (["a", "b"], 0.0, "exploration")],
+    ("allowed", "exploration", "error"),
+    [([True, False], 0.2, "a pair needs two"), ([True, True], 0.0, "exploration")],
 )
-def test_what_cannot_be_chosen_is_refused(among: list[str], exploration: float, error: str) -> None:
+def test_what_cannot_be_chosen_is_refused(allowed: list[bool], exploration: float, error: str) -> None:
     with pytest.raises(ValueError, match=error):
-        choose(VoteTable.of([], ["a", "b"]), np.random.default_rng(0), among, exploration)
+        pair_probabilities(np.zeros((2, 2, 4), np.int64), np.array(allowed), exploration)
 
 
 def votes_to_separate(

@@ -13,7 +13,7 @@ from models.conditioning import Conditioning
 from models.diffusion.draws import Draws, Purpose
 from models.diffusion.editing import Tiled, cut, inpaint, interpolate, resampled, slerp, start
 from models.diffusion.grids import karras_grid, uniform_grid
-from models.diffusion.guidance import classifier_free
+from models.diffusion.guidance import Branch, guide
 from models.diffusion.samplers import Sampler, ancestral, euler, multistep
 from models.diffusion.schedules import (
     CosineSchedule,
@@ -230,8 +230,9 @@ def test_tiles_go_through_guidance(rng: torch.Generator) -> None:
     x, t = torch.randn(2, 3, 8, 20, generator=rng), torch.tensor([0.5, 0.2])
     denoiser = LocalDenoiser()
     cond, null = prompt(2.0, 3), prompt(1.0, 3)
-    guided = classifier_free(Tiled(denoiser, 8, 4), cond, null, 3.0)(x, t)
-    torch.testing.assert_close(guided, classifier_free(denoiser, cond, null, 3.0)(x, t))
+    branches = [Branch(-2.0, null), Branch(3.0, cond)]
+    guided = guide(Tiled(denoiser, 8, 4), branches)(x, t)
+    torch.testing.assert_close(guided, guide(denoiser, branches)(x, t))
 
 
 @pytest.mark.parametrize(

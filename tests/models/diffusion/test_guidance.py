@@ -11,7 +11,7 @@ from models.conditioning import Conditioning
 from models.diffusion.corrections import OptimalScale, Outputs, Projection, Rescale, Threshold
 from models.diffusion.denoiser import Denoiser
 from models.diffusion.grids import uniform_grid
-from models.diffusion.guidance import Branch, Guidance, Interval, classifier_free, guide
+from models.diffusion.guidance import Branch, Denoise, Guidance, Interval, guide
 from models.diffusion.parameterizations import Flow, Velocity
 from models.diffusion.samplers import euler
 from models.diffusion.schedules import CosineSchedule, FlowSchedule, Schedule
@@ -46,6 +46,12 @@ def setup(schedule: Schedule | None = None, gain: float = 1.0) -> tuple[Denoiser
     return Denoiser(backbone, schedule or FlowSchedule(), Flow()), backbone
 
 
+def cfg(denoiser: Denoiser, scale: float, guidance: Guidance | None = None, B: int = 3) -> Denoise:
+    """Classifier-free guidance of `COND` against `NULL`, perhaps refined, for B pictures."""
+    branches = [Branch(1 - scale, conditioning(1.0, B)), Branch(scale, conditioning(2.0, B))]
+    return (guidance or Guidance()).combine(denoiser, branches)
+
+
 @pytest.fixture
 def x(rng: torch.Generator) -> Tensor:
     return torch.randn(SHAPE, generator=rng)
@@ -57,7 +63,7 @@ T = torch.full((3,), 0.5)
 @pytest.mark.parametrize(("scale", "branches"), [(0.0, 1), (1.0, 1), (3.5, 2)])
 def test_classifier_free_guidance_is_the_weighted_sum(scale: float, branches: int, x: Tensor) -> None:
     denoiser, backbone = setup()
-    guided = classifier_free(denoiser, COND, NULL, scale)(x, T)
+    guided = cfg(denoiser, scale)(x, T)
     assert (backbone.calls, backbone.images) == (1, branches * 3)
     expected = (1 - scale) * denoiser(x, T, NULL) + scale * denoiser(x, T, COND)
     torch.testing.assert_close(guided, expected)
@@ -83,22 +89,20 @@ def test_three_branches_for_editing(x: Tensor) -> None:
 def test_a_weaker_denoiser_is_a_branch(x: Tensor) -> None:
     denoiser, backbone = setup()
     weaker, weak_backbone = setup(gain=0.5)
-    guided = Guidance()(denoiser, COND, COND, 2.0, weaker)(x, T)
+    guided = Guidance().combine(denoiser, [Branch(-1.0, COND, weaker), Branch(2.0, COND)])(x, T)
     assert (backbone.images, weak_backbone.images) == (3, 3)
     torch.testing.assert_close(guided, 2 * denoiser(x, T, COND) - weaker(x, T, COND))
 
 
 def test_outside_the_interval_only_the_prompt_is_computed(x: Tensor) -> None:
     denoiser, backbone = setup()
-    guided = Guidance(interval_low=0.2, interval_high=0.6)(denoiser, COND, NULL, 4.0)
-    plain = classifier_free(denoiser, COND, NULL, 4.0)
+    guided = cfg(denoiser, 4.0, Guidance(interval_low=0.2, interval_high=0.6))
+    plain = cfg(denoiser, 4.0)
     for t, images in ((0.1, 3), (0.2, 3), (0.21, 6), (0.6, 6), (0.61, 3), (1.0, 3)):
         backbone.images = 0
         got = guided(x, torch.full((3,), t))
         assert backbone.images == images
-        wanted = (plain if images == 6 else classifier_free(denoiser, COND, NULL, 1.0))(
-            x, torch.full((3,), t)
-        )
+        wanted = (plain if images == 6 else cfg(denoiser, 1.0))(x, torch.full((3,), t))
         assert torch.equal(got, wanted)
     mixed = torch.tensor([0.1, 0.4, 0.9])
     inside, outside = plain(x, mixed), denoiser(x, mixed, COND)
@@ -107,7 +111,7 @@ def test_outside_the_interval_only_the_prompt_is_computed(x: Tensor) -> None:
 
 def test_outside_the_interval_it_is_the_prompt_even_at_scale_0(x: Tensor) -> None:
     denoiser, _ = setup()
-    guided = Guidance(interval_high=0.4)(denoiser, COND, NULL, 0.0)
+    guided = cfg(denoiser, 0.0, Guidance(interval_high=0.4))
     assert torch.equal(guided(x, T), denoiser(x, T, COND))
     assert torch.equal(guided(x, T - 0.2), denoiser(x, T - 0.2, NULL))
 
@@ -138,7 +142,7 @@ EVERYTHING = {k: v for option in REFINED for k, v in option.items()} | {"interva
 
 def twice(guidance: Guidance, denoiser: Denoiser, scale: float, x: Tensor) -> Tensor:
     """The second of two steps, where momentum has something to remember."""
-    denoise = guidance(denoiser, COND, NULL, scale)
+    denoise = cfg(denoiser, scale, guidance)
     denoise(x, T + 0.1)
     return denoise(x, T)
 
@@ -219,7 +223,7 @@ def test_threshold_bounds_only_the_picture_that_exceeds_it(x: Tensor) -> None:
 def test_zero_init_stands_still_in_the_first_steps(schedule: Schedule, x: Tensor) -> None:
     denoiser, _ = setup(schedule)
     seen: list[Tensor] = []
-    denoise = Guidance(zero_init=0.3)(denoiser, COND, NULL, 3.0)
+    denoise = cfg(denoiser, 3.0, Guidance(zero_init=0.3))
     euler(denoise, schedule, x, uniform_grid(schedule, 5), lambda n: x, lambda i, x, x0: seen.append(x))
     size = [float(sum(c)) for c in zip(*schedule(torch.linspace(1, 0, 6)), strict=True)]
     torch.testing.assert_close(seen[0] / size[1], x)
@@ -239,7 +243,7 @@ def test_a_picture_does_not_depend_on_its_batch(x: Tensor) -> None:
     denoiser, _ = setup()
     together = twice(guidance, denoiser, 5.0, x)
     for k in range(3):
-        denoise = guidance(denoiser, conditioning(2.0, 1), conditioning(1.0, 1), 5.0)
+        denoise = cfg(denoiser, 5.0, guidance, B=1)
         denoise(x[k : k + 1], T[:1] + 0.1)
         assert torch.equal(denoise(x[k : k + 1], T[:1])[0], together[k])
 
