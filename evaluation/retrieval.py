@@ -99,13 +99,10 @@ def retrieve(picture_vectors: Tensor, text_vectors: Tensor, texts: Sequence[str]
             f"retrieve: {len(picture_vectors)} pictures, {len(text_vectors)} vectors of {len(texts)} texts; "
             "give one of each for each pair"
         )
-    numbers = {text: k for k, text in enumerate(dict.fromkeys(texts))}
-    of_picture = torch.tensor([numbers[text] for text in texts])
-    first = torch.tensor([texts.index(text) for text in numbers])
+    first, own = _different(texts)
     with one_thread():
         cosines = picture_vectors.double() @ text_vectors.double()[first].T
-    own = of_picture[:, None] == torch.arange(len(numbers))
-    return Retrieval(len(texts), len(numbers), _found(_ranks(cosines.T, own.T)), _found(_ranks(cosines, own)))
+    return Retrieval(len(texts), len(first), _found(_ranks(cosines.T, own.T)), _found(_ranks(cosines, own)))
 
 
 def ranks_among(picture_vectors: Tensor, pool_vectors: Tensor, own: Sequence[int], count: int) -> np.ndarray:
@@ -161,11 +158,19 @@ class TowerScorer(Scorer):
         if len(pictures) != len(texts) or not texts:
             raise ValueError(f"score: {len(pictures)} pictures for {len(texts)} prompts; give one for each")
         one, two = self.tower.embed_pictures(pictures), self.tower.embed_texts(texts)
-        different = list(dict.fromkeys(texts))
-        own = torch.tensor([[text == other for other in different] for text in texts])
+        first, own = _different(texts)
         with one_thread():
-            ranks = _ranks(one.double() @ two[[texts.index(text) for text in different]].double().T, own)
+            ranks = _ranks(one.double() @ two[first].double().T, own)
         return {"clip_score": _scores(one, two), "retrieved": (ranks == 1).double().numpy()}
+
+
+def _different(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Where each of the M different texts comes first, int64 `[M]`, and which each text is, bool `[N M]`."""
+    first: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        first.setdefault(text, place)
+    places = torch.tensor(list(first.values()))
+    return places, torch.tensor([first[text] for text in texts])[:, None] == places
 
 
 def _scores(pictures: Tensor, texts: Tensor) -> np.ndarray:

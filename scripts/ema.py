@@ -45,12 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out if args.out is not None else args.run / f"model-sigma_rel-{sigma_rel:g}.safetensors"
     try:
         export(args.run, out, reconstruct(args.run / "diffusion" / "averages", sigma_rel, images))
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         print(f"ema.py: {error}", file=sys.stderr)
-        return USAGE
-    except CheckpointError as error:
-        print(f"ema.py: {error}", file=sys.stderr)
-        return CHECKPOINT
+        return USAGE if isinstance(error, ValueError) else CHECKPOINT
     except OSError as error:
         print(f"ema.py: {error}; check that the folder exists and can be written", file=sys.stderr)
         return ENVIRONMENT

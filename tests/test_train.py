@@ -23,20 +23,11 @@ from models.stages.compute import Compute
 from models.stages.lock import run_lock
 from scripts.export import main as export
 from scripts.precompute import main as precompute
+from tests.tiny_networks import NETWORKS, PLAN
 
 PROJECT = Path(__file__).resolve().parents[1]
 Command = Callable[..., int]
-WORDS = (
-    "name=tiny", "rendered.images=24", "rendered.held_out=4", "data.resolution=32", "data.workers=0",
-    "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]",
-    "backbone.norm_groups=4", "backbone.head_dim=16", "backbone.transformer_depth=[0,1]",
-    "text_encoder.width=16", "text_encoder.layers=1", "text_encoder.heads=2",
-    "text_encoder.context_length=12", "trainer.precision=fp32", "trainer.compile=off", "trainer.threads=1",
-    "plan.autoencoder.images=32", "plan.autoencoder.batch_size=4",
-    "plan.autoencoder.checkpoint_every_images=16", "plan.autoencoder.log_every_images=8",
-    "plan.diffusion.images=64", "plan.diffusion.batch_size=8", "plan.diffusion.checkpoint_every_images=32",
-    "plan.diffusion.validate_every_images=32", "sampling.num_steps=1",
-)  # fmt: skip
+WORDS = ("name=tiny", "rendered.images=24", "rendered.held_out=4", *NETWORKS, *PLAN)
 #: Two fresh runs may time the ways to compute differently; this is the one for all of them here.
 FIXED = Compute(torch.device("cpu"), False, True, False, "fixed by a test")
 #: The same for another process, which is killed in the step after 48 images: 16 past the checkpoint.

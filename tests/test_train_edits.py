@@ -19,16 +19,10 @@ from models.loading import load_pipeline, read_sampling
 from models.sampling import Job
 from models.stages import preflight
 from models.stages.compute import Compute
+from tests.tiny_networks import NETWORKS
 
 Command = Callable[..., int]
-PARTS = (
-    "data.resolution=32", "data.workers=0", "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4",
-    "backbone.channels=[16,16]", "backbone.norm_groups=4", "backbone.head_dim=16",
-    "backbone.transformer_depth=[0,1]", "text_encoder.width=16", "text_encoder.layers=1",
-    "text_encoder.heads=2", "text_encoder.context_length=12", "trainer.precision=fp32",
-    "trainer.compile=off", "trainer.threads=1", "plan.autoencoder.batch_size=4",
-    "plan.diffusion.batch_size=8", "sampling.num_steps=1", "rendered.images=16", "rendered.held_out=4",
-)  # fmt: skip
+PARTS = (*NETWORKS, "rendered.images=16", "rendered.held_out=4")
 DRAWING = (*PARTS, "name=drawing", "plan.autoencoder.images=8", "plan.diffusion.images=16")
 EDITING = (
     *PARTS, "experiment=landscapes_edits", "name=editing", "base=runs/drawing", "plan.diffusion.images=32",

@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 
 from evaluation.adherence import AdherenceJudge, save_judge
+from tests.tiny_networks import NETWORKS, PLAN
 
 WORDS = (
-    "name=tiny", "rendered.images=128", "rendered.held_out=80", "data.resolution=32", "data.workers=0",
-    "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]",
-    "backbone.norm_groups=4", "backbone.head_dim=16", "backbone.transformer_depth=[0,1]",
-    "text_encoder.width=16", "text_encoder.layers=1", "text_encoder.heads=2",
-    "text_encoder.context_length=12", "trainer.precision=fp32", "trainer.compile=off", "trainer.threads=1",
-    "plan.autoencoder.images=32", "plan.autoencoder.batch_size=4",
-    "plan.autoencoder.checkpoint_every_images=16", "plan.autoencoder.log_every_images=8",
-    "plan.diffusion.images=64", "plan.diffusion.batch_size=8", "plan.diffusion.checkpoint_every_images=32",
-    "plan.diffusion.validate_every_images=32", "sampling.num_steps=1",
-    "evaluation.every_images=64", "evaluation.pictures=16", "evaluation.prompts=2", "evaluation.seeds=4",
-)  # fmt: skip
+    *("name=tiny", "rendered.images=128", "rendered.held_out=80", *NETWORKS, *PLAN),
+    *("evaluation.every_images=64", "evaluation.pictures=16", "evaluation.prompts=2", "evaluation.seeds=4"),
+)
 
 
 @pytest.mark.slow
