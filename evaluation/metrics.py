@@ -86,8 +86,9 @@ def kernel_distance(
             [_unbiased(_drawn(generated, size, rng), _drawn(real, size, rng)) for _ in range(subsets)],
             dtype=torch.float64,
         )
-        sums = [_cubic_sums(*pair) for pair in ((generated, generated), (real, real), (generated, real))]
-        return float(values.mean()), (mmd_variance(*sums) + float(values.var()) / subsets) ** 0.5
+        within, across = [_cubic_sums(each) for each in (generated, real)], _cubic_sums(generated, real)
+        variance = mmd_variance(*within, across) + float(values.var()) / subsets
+        return float(values.mean()), variance**0.5
 
 
 def mmd(generated: Tensor, real: Tensor) -> float:
@@ -281,14 +282,16 @@ def _unbiased(one: Tensor, two: Tensor) -> float:
     return _kernel_mean(_cubic, one) + _kernel_mean(_cubic, two) - 2 * across
 
 
-def _cubic_sums(one: Tensor, two: Tensor) -> KernelSums:
-    """The sums of their kernel, without the diagonal of a set with itself."""
+def _cubic_sums(one: Tensor, other: Tensor | None = None) -> KernelSums:
+    """The sums of the kernel of two sets, or of one with itself without the diagonal."""
+    two = one if other is None else other
     rows, columns = (torch.zeros(len(each), dtype=torch.float64) for each in (one, two))
     squares = 0.0
     for where, part in _parts(one):
-        for places, other in _parts(two):
-            values = _cubic(part, other)
-            some = KernelSums.of(values.fill_diagonal_(0) if one is two and where == places else values)
+        for places, some_two in _parts(two):
+            values = _cubic(part, some_two)
+            own = other is None and where == places
+            some = KernelSums.of(values.fill_diagonal_(0) if own else values)
             rows[where] += some.rows
             columns[places] += some.columns
             squares += some.squares

@@ -161,8 +161,12 @@ class Shelf:
             raise CheckpointError(problem) from None
         except Exception as error:  # no memory for it, or a file that no check foresaw
             log.error("%s: %s: %s", offer.path, type(error).__name__, error)
-            problem = "it cannot be loaded; the server's log says why"
-            raise CheckpointError(problem) from None
+            said = "it cannot be loaded; the server's log says why"
+            about, problem = (
+                offer.about,
+                "" if offer.about else said,
+            )  # one that was read may be the next time
+            raise CheckpointError(said) from None
         finally:
             with self._lock:
                 self._offers[offer.id] = replace(offer, about=about, problem=problem)
