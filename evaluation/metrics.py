@@ -86,9 +86,8 @@ def kernel_distance(
             [_unbiased(_drawn(generated, size, rng), _drawn(real, size, rng)) for _ in range(subsets)],
             dtype=torch.float64,
         )
-        within, across = [_cubic_sums(each) for each in (generated, real)], _cubic_sums(generated, real)
-        variance = mmd_variance(*within, across) + float(values.var()) / subsets
-        return float(values.mean()), variance**0.5
+        variance = mmd_variance(_cubic_sums(generated), _cubic_sums(real), _cubic_sums(generated, real))
+        return float(values.mean()), (variance + float(values.var()) / subsets) ** 0.5
 
 
 def mmd(generated: Tensor, real: Tensor) -> float:
