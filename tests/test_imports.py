@@ -30,7 +30,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "joins": ("joins", "models", "models.diffusion"),
     "models.stages": (
         *("models.stages", "joins", "models", "models.diffusion"),
-        *("data.batch", "data.datamodule", "data.loader", "data.progress", "data.shard_index"),
+        *(
+            "data.batch",
+            "data.datamodule",
+            "data.json_lines",
+            "data.loader",
+            "data.progress",
+            "data.shard_index",
+        ),
     ),
     "data": ("data",),
     "evaluation": ("evaluation", "models", "joins", "models.diffusion", "data"),
