@@ -23,6 +23,8 @@ from models.registry import ConfigError
 from scripts.benches.findings import Findings
 from scripts.benches.loader import loader
 from scripts.benches.overhead import overhead
+from scripts.benches.quality import quality
+from scripts.benches.quality_train import TrainingError
 from scripts.benches.sampling import sampling
 from scripts.benches.step import step
 from scripts.benches.step_arms import NotEqualError
@@ -32,6 +34,7 @@ from scripts.benches.step_peak import PeakError
 BENCHMARKS: dict[str, Callable[..., Findings]] = {
     "loader": loader,
     "overhead": overhead,
+    "quality": quality,
     "sampling": sampling,
     "step": step,
 }
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return DATA
-    except PeakError as error:
+    except (PeakError, TrainingError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return ENVIRONMENT
     except NotEqualError as error:

@@ -68,7 +68,7 @@ class Findings:
             "  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in cells)
             for cells in (list(enumerate(zip(row, widths, strict=True))) for row in self.rows)
         ]
-        width = max(map(len, self.ratios))
+        width = max(map(len, self.ratios), default=0)
         for name, found in self.ratios.items():
             least, most = self.wanted.get(name), self.most.get(name)
             verdict = "" if least is None else f"  wanted {least:g}: {_verdict(found, least)}"

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 from conf.cli import FOLDER
 from conf.schema import make, plain, register
@@ -129,8 +130,8 @@ class Bare:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def step(self, batch: Batch) -> None:
-        """One of them."""
+    def step(self, batch: Batch) -> Tensor:
+        """One of them; returns its loss."""
         stage, plan = self.stage, self.stage.plan
         factor = learning_rate_factor(
             stage.images_seen, plan.images, plan.warmup_images, plan.cooldown_fraction
@@ -138,11 +139,13 @@ class Bare:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
-        stage.mean_loss(batch.to(stage.compute.device)).backward()
+        loss = stage.mean_loss(batch.to(stage.compute.device))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, plan.gradient_clip)
         self.optimizer.step()
         stage.images_seen += plan.batch_size
         stage.ema.update(stage.networks, stage.images_seen, plan.batch_size)
+        return loss.detach()
 
 
 @dataclass

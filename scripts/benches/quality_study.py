@@ -1,0 +1,222 @@
+"""A measurement of `bench.py quality` in a folder: sweeps, target, horizons; nothing there is made twice."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data.shard_index import write_atomic
+from evaluation.report import find_judge
+from scripts.benches.quality_arms import RECIPE, Arm, finished_autoencoder
+from scripts.benches.quality_exam import PROMPTS, TUNING, Exam, Score, real_features
+from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Trial, probe, train
+
+#: Factors on each arm's learning rate, and guidance scales, that the sweep tries; the first scale is that of
+#: the rates' trial.
+RATES = (1.0, 0.5, 2.0)
+SCALES = (3.0, 2.0, 4.5)
+#: The budget of a training in the sweep, and our horizons, as shares of the recipe's budget.
+SWEEP_SHARE = 1 / 8
+HORIZONS = (1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2, 1.0)
+SWEEP_SEED = 1_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement is made with; see `quality`."""
+
+    minutes: float
+    points: int
+    pictures: int
+    steps: int
+    clock: ClockKind
+    threads: int
+    demo: str
+    shards: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an arm's sweep chose: factor on the learning rate, guidance scale, and all that was tried."""
+
+    rate: float
+    scale: float
+    tried: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The first point of a training at the target, or its end where it never was there (`reached` is false).
+
+    `horizon` is the share of the recipe's budget that the training was made for.
+    """
+
+    arm: str
+    seed: int
+    horizon: float
+    point: Point
+    score: Score
+    reached: bool
+
+    def document(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        told = {
+            "arm": self.arm,
+            "seed": self.seed,
+            "horizon": round(self.horizon, 5),
+            "reached": self.reached,
+        }
+        return {**told, **asdict(self.point), **self.score.document()}
+
+
+class Study:
+    """A measurement in a folder.
+
+    Args:
+        folder: what is found is kept there.
+        settings: it is made with.
+
+    Raises:
+        ValueError: the folder holds a measurement with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+        told = json.dumps(asdict(settings), indent=1) + "\n"
+        kept = folder / "settings.json"
+        if kept.exists() and kept.read_text() != told:
+            raise ValueError(
+                f"{folder} holds a measurement with other settings (settings.json); use those again to go "
+                "on, or give another --folder"
+            )
+        write_atomic(kept, told.encode())
+
+    @cached_property
+    def exams(self) -> dict[int, Exam]:
+        """The exam on the tuning prompts, and that on the reported ones, by the seeds of their scenes."""
+        settings = self.settings
+        judge = find_judge(Path(settings.demo).parent / "judge")
+        _, demo = finished_autoencoder(Path(settings.demo))
+        real = real_features(judge, 2 * settings.pictures, int(demo["resolution"]))
+        counts = {TUNING: max(2, settings.pictures // 2), PROMPTS: settings.pictures}
+        return {seed: Exam(judge, seed, count, real, settings.steps) for seed, count in counts.items()}
+
+    def probed(self, arm: Arm) -> Probe:
+        """How `arm` computes here, and how fast."""
+        return probe(self._trial(arm, 1.0, 0, 1.0, 0, {}), self.folder / arm.name / "probe.json")
+
+    def trained(self, arm: Arm, rate: float, seed: int, share: float, points: int) -> Trained:
+        """A training of `arm` for `share` of the budget, made now unless it was."""
+        found = self.probed(arm)
+        seconds = 60 * self.settings.minutes * share
+        images = 0
+        if arm.by_images:  # as many as the seconds are expected to hold
+            steps = max(points, round((seconds - found.start) / found.step))
+            seconds, images = 0.0, found.batch * steps
+        trial = self._trial(arm, rate, seed, seconds, images, found.compute, points)
+        name = f"rate-{rate:g}-seed-{seed}-share-{share:.4f}-points-{points}"
+        return train(trial, self.folder / arm.name / name)
+
+    def _trial(
+        self,
+        arm: Arm,
+        rate: float,
+        seed: int,
+        seconds: float,
+        images: int,
+        compute: dict[str, Any],
+        points: int = 1,
+    ) -> Trial:
+        settings = self.settings
+        return Trial(
+            arm.name, str(Path(settings.demo).absolute()), str(Path(settings.shards).absolute()), rate, seed,
+            seconds, images, points, settings.clock, settings.threads, compute,
+        )  # fmt: skip
+
+    def score(self, trained: Trained, point: int, scale: float, scenes: int) -> Score:
+        """The score of a training at a point (-1 is its end), examined now unless it was."""
+        model = trained.folder / trained.points[point].file
+        kept = model.with_name(f"{model.stem}-scenes-{scenes}-scale-{scale:g}.json")
+        if not kept.exists():
+            found = self.exams[scenes](model, scale)
+            write_atomic(kept, (json.dumps(found.document()) + "\n").encode())
+        return Score(**json.loads(kept.read_text()))
+
+    def choice(self, arm: Arm) -> Choice:
+        """The learning rate and the guidance scale of `arm`, by short trainings on prompts of their own."""
+        tried: dict[tuple[float, float], Score] = {}
+        trained = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE, 1) for rate in RATES}
+        for rate in RATES:
+            tried[rate, SCALES[0]] = self.score(trained[rate], -1, SCALES[0], TUNING)
+        best = max(RATES, key=lambda rate: tried[rate, SCALES[0]].rank)
+        for scale in SCALES[1:]:
+            tried[best, scale] = self.score(trained[best], -1, scale, TUNING)
+        scale = max(SCALES, key=lambda scale: tried[best, scale].rank)
+        told = {f"rate x{r:g}, scale {s:g}": found.document() for (r, s), found in tried.items()}
+        return Choice(best, scale, told)
+
+    def target(self, chosen: Choice, seeds: Sequence[int]) -> Score:
+        """The median over seeds of what the recipe reaches at its end, of either figure on its own."""
+        trained = [self.trained(RECIPE, chosen.rate, k, 1.0, self.settings.points) for k in seeds]
+        found = [self.score(each, -1, chosen.scale, PROMPTS) for each in trained]
+        return Score(
+            statistics.median(each.adherence for each in found),
+            statistics.median(each.distance for each in found),
+        )
+
+    def first(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
+        """The first point at the target of a training of `arm` for the share `horizon` of the budget."""
+        trained = self.trained(arm, chosen.rate, seed, horizon, self.settings.points)
+        for number, point in enumerate(trained.points):
+            score = self.score(trained, number, chosen.scale, PROMPTS)
+            if score.reaches(target):
+                return Tried(arm.name, seed, horizon, point, score, True)
+        return Tried(arm.name, seed, horizon, point, score, False)
+
+    def held(self, arm: Arm, chosen: Choice, seed: int, target: Score) -> Tried:
+        """The point from which on a training for the whole budget stays at the target.
+
+        Looked for from its end, so that a training that ends short of the target is examined once.
+        """
+        trained = self.trained(arm, chosen.rate, seed, 1.0, self.settings.points)
+        last = len(trained.points) - 1
+        found = Tried(
+            arm.name, seed, 1.0, trained.points[last], self.score(trained, last, chosen.scale, PROMPTS), False
+        )
+        for number in range(last, -1, -1):
+            score = self.score(trained, number, chosen.scale, PROMPTS)
+            if not score.reaches(target):
+                break
+            found = Tried(arm.name, seed, 1.0, trained.points[number], score, True)
+        return found
+
+    def horizon(self, arm: Arm, chosen: Choice, target: Score) -> float:
+        """The shortest horizon at which the seed of the sweep reaches the target; the longest if none does.
+
+        Looked for from the sweep's own horizon, downwards as long as it is reached, else upwards.
+        """
+        start = HORIZONS.index(SWEEP_SHARE)
+
+        def reached(place: int) -> bool:
+            return self.first(arm, chosen, SWEEP_SEED, HORIZONS[place], target).reached
+
+        if reached(start):
+            while start > 0 and reached(start - 1):
+                start -= 1
+            return HORIZONS[start]
+        while start < len(HORIZONS) - 1 and not reached(start + 1):
+            start += 1
+        return HORIZONS[min(start + 1, len(HORIZONS) - 1)]
+
+    def climb(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> list[Tried]:
+        """Trainings of `seed`, from `horizon` to longer ones, up to the first that reaches the target."""
+        tried = []
+        for share in HORIZONS[HORIZONS.index(horizon) :]:
+            tried.append(self.first(arm, chosen, seed, share, target))
+            if tried[-1].reached:
+                break
+        return tried

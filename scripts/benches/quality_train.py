@@ -1,0 +1,297 @@
+"""One training of `bench.py quality`, in a process and on a clock of its own.
+
+`python -m scripts.benches.quality_train '{"folder": ...}'` trains what the document describes and leaves in
+that folder the averaged weights at evenly spaced points, as exported models, and `trial.json` with the images
+and seconds of each. The clock starts with the process, so that imports and data count; what is not on it is
+the writing of weights, and the probe of how to compute, which is made once for each arm (`Probe`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from conf.schema import make
+from data.batch import Batch
+from data.datamodule import DataModule, ShardData
+from data.progress import Progress
+from data.shard_index import write_atomic
+from models.checkpoint import save_single_file
+from models.loading import EXPORT_FORMAT, MODEL_KEYS
+from models.registry import build
+from models.stages.compute import Compute, decide, seconds_a_call
+from scripts.benches.quality_arms import ARMS, Arm, Setting, finished_autoencoder
+
+PROJECT = Path(__file__).resolve().parents[2]
+RESULT = "trial.json"
+#: Images of a step by which ways to compute are compared: a way that has no hardware can take minutes.
+PROBE_IMAGES = 8
+#: Steps that are timed, after as many that are not, to tell a horizon in images from one in seconds.
+TIMED_STEPS = 4
+ENDLESS = 2**40
+
+
+class TrainingError(RuntimeError):
+    """The process that trains ended with an error."""
+
+
+class ClockKind(StrEnum):
+    """What is counted: wall seconds, or processor seconds where the machine is shared."""
+
+    wall = "wall"
+    cpu = "cpu"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds since the process began, by the wall and of its processor time."""
+
+    wall: float
+    cpu: float
+
+    def on(self, clock: ClockKind) -> float:
+        """Those that `clock` counts."""
+        return self.wall if clock is ClockKind.wall else self.cpu
+
+
+class Stopwatch:
+    """Tells what was spent since the process began at `began` (`time.time()`), pauses left out."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self._paused = Spent(0.0, 0.0)
+
+    def read(self) -> Spent:
+        """What was spent until now."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        wall, cpu = time.time() - self.began, time.process_time()
+        return Spent(wall - self._paused.wall, cpu - self._paused.cpu)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what happens inside."""
+        before = self.read()
+        yield
+        after, was = self.read(), self._paused
+        self._paused = Spent(was.wall + after.wall - before.wall, was.cpu + after.cpu - before.cpu)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be trained, as plain values.
+
+    Args:
+        arm: its name.
+        demo: folder of the run whose autoencoder it is.
+        shards: what is learnt.
+        lr: factor on the arm's learning rate.
+        seed: of all that is drawn.
+        seconds: it ends when so many are spent; 0 is never.
+        images: it ends when so many are seen, and schedules have this horizon; 0 is never.
+        points: how many times weights are kept, evenly over the budget, the last at its end.
+        clock: that counts the seconds.
+        threads: of torch.
+        compute: the way to compute, as the probe found.
+    """
+
+    arm: str
+    demo: str
+    shards: str
+    lr: float
+    seed: int
+    seconds: float
+    images: int
+    points: int
+    clock: ClockKind
+    threads: int
+    compute: dict[str, Any]
+
+    def done(self, spent: Spent, images: int) -> float:
+        """The share of the budget that is used up; 1 and more is all."""
+        return max(
+            spent.on(self.clock) / self.seconds if self.seconds else 0.0,
+            images / self.images if self.images else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a training at which its averaged weights were kept in `file`.
+
+    `loss` is the mean since the point before.
+    """
+
+    file: str
+    images: int
+    wall: float
+    cpu: float
+    loss: float
+
+    @property
+    def spent(self) -> Spent:
+        """What was spent until there."""
+        return Spent(self.wall, self.cpu)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training in `folder`: its points, and the parameters of its text encoder and backbone."""
+
+    folder: Path
+    points: list[Point]
+    parameters: int
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What a training left in `folder`."""
+        document = json.loads((folder / RESULT).read_text())
+        return cls(folder, [Point(**each) for each in document["points"]], document["parameters"])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How an arm computes fastest here, and what start and step take on the study's clock, in seconds."""
+
+    compute: dict[str, Any]
+    described: str
+    start: float
+    step: float
+    batch: int
+
+
+def train(trial: Trial, folder: Path) -> Trained:
+    """Trains in a fresh process, unless `folder` holds the result already.
+
+    Raises:
+        TrainingError: the process ended with an error.
+    """
+    if not (folder / RESULT).exists():
+        _run({"folder": str(folder), "trial": asdict(trial)}, trial.threads)
+    return Trained.read(folder)
+
+
+def probe(trial: Trial, file: Path) -> Probe:
+    """What a fresh process finds of the arm of `trial`, unless `file` holds it already; errors as `train`."""
+    if not file.exists():
+        _run({"probe": str(file), "trial": asdict(trial)}, trial.threads)
+    return Probe(**json.loads(file.read_text()))
+
+
+def _run(told: dict[str, Any], threads: int) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.benches.quality_train",
+        json.dumps(told | {"began": time.time()}),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        raise TrainingError(f"{told['trial']['arm']}: {said[-1] if said else f'exit code {done.returncode}'}")
+
+
+class Session:
+    """The process: data, learner and clock of one trial."""
+
+    def __init__(self, trial: Trial, began: float) -> None:
+        self.trial, self.watch = trial, Stopwatch(began)
+        torch.set_num_threads(trial.threads)
+        self.arm: Arm = ARMS[trial.arm]
+        self.autoencoder, demo = finished_autoencoder(Path(trial.demo))
+        self.values = self.arm.values(demo)
+        options: ShardData = make("data", {**self.values["data"], "shards": trial.shards, "workers": 0})
+        train, val = options.open(trial.seed)
+        tokenizer = build("text_encoder", self.values["text_encoder"]).tokenizer
+        batch = make("plan/diffusion", self.values["plan"]["diffusion"]).batch_size
+        self.data = DataModule(train, val, tokenizer, batch, 0)
+
+    def setting(self, compute: Compute) -> Setting:
+        """What a learner is built of."""
+        trial = self.trial
+        return Setting(self.values, self.autoencoder, trial.lr, trial.seed, trial.images or ENDLESS, compute)
+
+    def train(self, folder: Path) -> None:
+        """Trains, and writes everything to `folder`; the result comes last."""
+        trial, watch = self.trial, self.watch
+        learner = self.arm.learner(self.setting(Compute.read(trial.compute, "as probed")))
+        folder.mkdir(parents=True, exist_ok=True)
+        points: list[Point] = []
+        losses: list[float] = []
+        with Progress(f"{trial.arm}, rate x{trial.lr:g}, seed {trial.seed}, % done", 100) as progress:
+            for batch in self.data.train_loader(0, trial.images or ENDLESS):
+                losses.append(learner.step(batch))
+                spent = watch.read()
+                done = trial.done(spent, learner.images_seen)
+                with watch.pause():
+                    progress.update(min(100, int(100 * done)), losses[-1])
+                    if done >= (len(points) + 1) / trial.points:
+                        file = f"point-{len(points) + 1:02d}.safetensors"
+                        self._keep(folder / file, learner.averaged())
+                        loss = sum(losses) / len(losses)
+                        points.append(Point(file, learner.images_seen, spent.wall, spent.cpu, loss))
+                        losses.clear()
+                if done >= 1:
+                    break
+        parameters = sum(each.numel() for each in learner.averaged().values())
+        document = {"trial": asdict(trial), "parameters": parameters, "points": [asdict(p) for p in points]}
+        write_atomic(folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
+
+    def _keep(self, path: Path, averaged: dict[str, Tensor]) -> None:
+        config = {key: self.values[key] for key in MODEL_KEYS if key in self.values}
+        config |= {"resolution": self.values["data"]["resolution"], "run": self.values}
+        metadata = {"format": EXPORT_FORMAT, "config": json.dumps(config)}
+        save_single_file(path, {**self.autoencoder, **averaged}, metadata)
+
+    def probe(self, file: Path) -> None:
+        """Finds the fastest way to compute, times it, and writes both to `file`."""
+        options = make("trainer", {**self.values["trainer"], "threads": self.trial.threads})
+        batch = self.data.probe(self.data.batch_size)
+        few = self.data.probe(min(PROBE_IMAGES, self.data.batch_size))
+        with self.watch.pause():
+            way, _ = decide(options, lambda each: self._seconds(each, few), 1)
+        learner = self.arm.learner(self.setting(way))
+        start = self.watch.read()
+        for number in range(2 * TIMED_STEPS):
+            if number == TIMED_STEPS:
+                before = self.watch.read()
+            learner.step(batch)
+        after, clock = self.watch.read(), self.trial.clock
+        step = (after.on(clock) - before.on(clock)) / TIMED_STEPS
+        found = Probe(way.document(), str(way), start.on(clock), step, len(batch))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, (json.dumps(asdict(found), indent=1) + "\n").encode())
+
+    def _seconds(self, way: Compute, batch: Batch) -> float:
+        learner = self.arm.learner(self.setting(way))
+        call: Callable[[], object] = lambda: learner.step(batch)  # noqa: E731
+        return seconds_a_call(call, way.device)
+
+
+def main(told: str) -> None:
+    """Does what `told` describes."""
+    document = json.loads(told)
+    given = document["trial"]
+    trial = replace(Trial(**given), clock=ClockKind(given["clock"]))
+    session = Session(trial, document["began"])
+    if "probe" in document:
+        session.probe(Path(document["probe"]))
+    else:
+        session.train(Path(document["folder"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
