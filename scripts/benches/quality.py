@@ -19,15 +19,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import t as student
 
+from data.shard_index import DataError
+from models.registry import ConfigError
 from scripts.benches.findings import Findings, cell
 from scripts.benches.measuring import Ratio, machine
-from scripts.benches.quality_arms import OURS, PATCHED, RECIPE, UNPATCHED
+from scripts.benches.quality_arms import OURS, PATCHED, RECIPE, UNPATCHED, finished_autoencoder
 from scripts.benches.quality_study import Settings, Study, Tried
 from scripts.benches.quality_train import ClockKind
 
@@ -73,6 +76,11 @@ def quality(
     """
     if not minutes > 0 or min(seeds, points, threads) < 1 or pictures < 4:
         raise ValueError("minutes must be above 0, seeds, points and threads at least 1, pictures at least 4")
+    if find_spec("diffusers") is None:
+        raise ConfigError("diffusers is what ours is compared with; install the extra `dev`")
+    finished_autoencoder(demo)  # refused now rather than by a process that trains
+    if not shards.exists():
+        raise DataError(f"{shards}: there is no such folder of shards; make demo renders it")
     torch.set_num_threads(threads)
     settings = Settings(minutes, points, pictures, steps=10, clock=clock, threads=threads,
                         demo=str(demo), shards=str(shards))  # fmt: skip
@@ -98,7 +106,7 @@ class Report:
         chosen = study.choice(RECIPE)
         self.chosen = {RECIPE.name: chosen}
         self.target = study.target(chosen, self.seeds)
-        self.ends = [study.trained(RECIPE, chosen.rate, k, 1.0, study.settings.points) for k in self.seeds]
+        self.ends = [study.trained(RECIPE, chosen.rate, k, 1.0) for k in self.seeds]
         self.held = [study.held(RECIPE, chosen, seed, self.target) for seed in self.seeds]
         self.tried = list(self.held)
         self.parameters = {RECIPE.name: self.ends[0].parameters}
@@ -113,7 +121,7 @@ class Report:
         horizon = study.horizon(OURS, chosen, self.target)
         climbs = [study.climb(OURS, chosen, seed, horizon, self.target) for seed in self.seeds]
         self.tried += [tried for climb in climbs for tried in climb]
-        trained = study.trained(OURS, chosen.rate, 0, horizon, study.settings.points)
+        trained = study.trained(OURS, chosen.rate, 0, horizon)
         self.parameters[OURS.name] = trained.parameters
         ends = [each.points[-1] for each in self.ends]
         by_clock = {
@@ -129,10 +137,16 @@ class Report:
         self.ratios["images"] = spread(
             [images / sum(each.point.images for each in climb) for climb in climbs]
         )
+        without = [
+            statistics.fmean(end.spent.on(clock) - end.start for end in ends)
+            / sum(tried.point.spent.on(clock) - tried.point.start for tried in climb)
+            for climb in climbs
+        ]
         times = [each.point.spent.on(clock) for each in self.held]
         self.ratios["aa"] = Ratio(max(times) / min(times), None)
         self.figures |= {
             "by_clock": {kind.value: round(found.value, 4) for kind, found in by_clock.items()},
+            "without_start": round(spread(without).value, 4),
             "horizon": horizon,
         }
         self.notes.append("aa: the longest time to the target over the shortest, of the recipe's own seeds")

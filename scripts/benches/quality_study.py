@@ -19,7 +19,7 @@ from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Tria
 RATES = (1.0, 0.5, 2.0)
 SCALES = (3.0, 2.0, 4.5)
 #: The budget of a training in the sweep, and our horizons, as shares of the recipe's budget.
-SWEEP_SHARE = 1 / 8
+SWEEP_SHARE = 1 / 4
 HORIZONS = (1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2, 1.0)
 SWEEP_SEED = 1_000
 
@@ -109,16 +109,16 @@ class Study:
         """How `arm` computes here, and how fast."""
         return probe(self._trial(arm, 1.0, 0, 1.0, 0, {}), self.folder / arm.name / "probe.json")
 
-    def trained(self, arm: Arm, rate: float, seed: int, share: float, points: int) -> Trained:
+    def trained(self, arm: Arm, rate: float, seed: int, share: float) -> Trained:
         """A training of `arm` for `share` of the budget, made now unless it was."""
-        found = self.probed(arm)
+        found, points = self.probed(arm), self.settings.points
         seconds = 60 * self.settings.minutes * share
         images = 0
         if arm.by_images:  # as many as the seconds are expected to hold
             steps = max(points, round((seconds - found.start) / found.step))
             seconds, images = 0.0, found.batch * steps
         trial = self._trial(arm, rate, seed, seconds, images, found.compute, points)
-        name = f"rate-{rate:g}-seed-{seed}-share-{share:.4f}-points-{points}"
+        name = f"rate-{rate:g}-seed-{seed}-share-{share:.4f}"
         return train(trial, self.folder / arm.name / name)
 
     def _trial(
@@ -149,7 +149,7 @@ class Study:
     def choice(self, arm: Arm) -> Choice:
         """The learning rate and the guidance scale of `arm`, by short trainings on prompts of their own."""
         tried: dict[tuple[float, float], Score] = {}
-        trained = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE, 1) for rate in RATES}
+        trained = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE) for rate in RATES}
         for rate in RATES:
             tried[rate, SCALES[0]] = self.score(trained[rate], -1, SCALES[0], TUNING)
         best = max(RATES, key=lambda rate: tried[rate, SCALES[0]].rank)
@@ -161,7 +161,7 @@ class Study:
 
     def target(self, chosen: Choice, seeds: Sequence[int]) -> Score:
         """The median over seeds of what the recipe reaches at its end, of either figure on its own."""
-        trained = [self.trained(RECIPE, chosen.rate, k, 1.0, self.settings.points) for k in seeds]
+        trained = [self.trained(RECIPE, chosen.rate, k, 1.0) for k in seeds]
         found = [self.score(each, -1, chosen.scale, PROMPTS) for each in trained]
         return Score(
             statistics.median(each.adherence for each in found),
@@ -170,7 +170,7 @@ class Study:
 
     def first(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         """The first point at the target of a training of `arm` for the share `horizon` of the budget."""
-        trained = self.trained(arm, chosen.rate, seed, horizon, self.settings.points)
+        trained = self.trained(arm, chosen.rate, seed, horizon)
         for number, point in enumerate(trained.points):
             score = self.score(trained, number, chosen.scale, PROMPTS)
             if score.reaches(target):
@@ -182,7 +182,7 @@ class Study:
 
         Looked for from its end, so that a training that ends short of the target is examined once.
         """
-        trained = self.trained(arm, chosen.rate, seed, 1.0, self.settings.points)
+        trained = self.trained(arm, chosen.rate, seed, 1.0)
         last = len(trained.points) - 1
         found = Tried(
             arm.name, seed, 1.0, trained.points[last], self.score(trained, last, chosen.scale, PROMPTS), False

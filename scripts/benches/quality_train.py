@@ -132,7 +132,7 @@ class Trial:
 class Point:
     """A point of a training at which its averaged weights were kept in `file`.
 
-    `loss` is the mean since the point before.
+    `loss` is the mean since the point before, `start` the seconds of the trial's clock before the first step.
     """
 
     file: str
@@ -140,6 +140,7 @@ class Point:
     wall: float
     cpu: float
     loss: float
+    start: float
 
     @property
     def spent(self) -> Spent:
@@ -233,7 +234,7 @@ class Session:
         trial, watch = self.trial, self.watch
         learner = self.arm.learner(self.setting(Compute.read(trial.compute, "as probed")))
         folder.mkdir(parents=True, exist_ok=True)
-        points: list[Point] = []
+        start, points = watch.read().on(trial.clock), list[Point]()
         losses: list[float] = []
         with Progress(f"{trial.arm}, rate x{trial.lr:g}, seed {trial.seed}, % done", 100) as progress:
             for batch in self.data.train_loader(0, trial.images or ENDLESS):
@@ -246,7 +247,7 @@ class Session:
                         file = f"point-{len(points) + 1:02d}.safetensors"
                         self._keep(folder / file, learner.averaged())
                         loss = sum(losses) / len(losses)
-                        points.append(Point(file, learner.images_seen, spent.wall, spent.cpu, loss))
+                        points.append(Point(file, learner.images_seen, spent.wall, spent.cpu, loss, start))
                         losses.clear()
                 if done >= 1:
                     break

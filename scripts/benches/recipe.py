@@ -8,8 +8,8 @@ an average of the weights; autoencoder and text encoder run in every step, on pi
 Where that recipe cannot be followed from nothing, it is given what helps it: the text encoder is of the same
 kind as ours and trained along (there are nobody's weights), captions are dropped 10 % of the time (guidance
 needs it), the network modulates by scale and shift and sees the pooled text (diffusers' switches that ours
-uses too), warm-up is 1,000 images instead of 500 steps, the average's halflife is a tenth of the images so
-far whatever the horizon, and AdamW is one fused kernel. Its text is not masked, as in Stable Diffusion.
+uses too), the warm-up is ten steps, no more than a short budget bears, the average's halflife is a tenth of
+the images so far, and AdamW is one fused kernel. Its text is not masked, as in Stable Diffusion.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from scripts.benches.step_arms import GRADIENT_CLIP, Theirs
 
 TIMESTEPS = 1000
 CAPTION_DROPOUT = 0.1
-WARMUP_IMAGES = 1_000
+WARMUP_IMAGES = 320
 
 
 class Patched(nn.Module):

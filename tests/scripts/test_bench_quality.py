@@ -139,7 +139,7 @@ def test_the_shortest_horizon_at_the_target_is_found(
 ) -> None:
     def first(self: Study, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         reached = horizon >= needed
-        return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0), target, reached)
+        return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, reached)
 
     monkeypatch.setattr(Study, "first", first)
     study = make_study(tmp_path)
@@ -198,7 +198,7 @@ def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str], tmp_path:
     with pytest.raises(SystemExit):
         bench.main(["quality", "--clock", "sun"])
     missing = ["quality", "--demo", str(tmp_path / "none"), "--folder", str(tmp_path / "bench")]
-    assert bench.main(missing) == bench.ENVIRONMENT
+    assert bench.main(missing) == bench.CHECKPOINT
     assert "make demo" in capsys.readouterr().err
 
 
