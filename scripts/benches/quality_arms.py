@@ -130,12 +130,15 @@ class Ours:
 
     @property
     def images_seen(self) -> int:
+        """Training images so far."""
         return self.stage.images_seen
 
     def step(self, batch: Batch) -> float:
+        """Makes one training step and returns its loss."""
         return self.loop.step(batch).item()
 
     def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights of text encoder and backbone, by the names of the stage."""
         return dict(self.stage.ema.network.state_dict())
 
 
