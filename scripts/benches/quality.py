@@ -3,7 +3,8 @@
 Both arms learn on the latents of one finished autoencoder, from the same shards, with as many parameters
 (`quality_arms.py`), a process each. First both get the same sweep: three learning rates, a short training
 each, of which the best by adherence and then distance is taken, and three guidance scales, on prompts of
-their own. Then the recipe is trained for the whole budget, with several seeds: the median of what it reaches
+their own (the recipe's scale at the end of its whole budget, ours at the end of the sweep's training). Then
+the recipe is trained for the whole budget, with several seeds: the median of what it reaches
 at its end is the target, fixed before ours is measured. Ours is trained for shorter and shorter horizons with
 the seed of the sweep, until it misses the target; the shortest that reached it is that of the reported
 seeds. A seed that misses it is trained anew for the next longer one, and both trainings count. Reached is the
@@ -103,7 +104,7 @@ class Report:
 
     def __init__(self, study: Study, seeds: int) -> None:
         self.study, self.seeds = study, range(seeds)
-        chosen = study.choice(RECIPE)
+        chosen = study.choice(RECIPE, 1.0)
         self.chosen = {RECIPE.name: chosen}
         self.target = study.target(chosen, self.seeds)
         self.ends = [study.trained(RECIPE, chosen.rate, k, 1.0) for k in self.seeds]

@@ -146,17 +146,20 @@ class Study:
             write_atomic(kept, (json.dumps(found.document()) + "\n").encode())
         return Score(**json.loads(kept.read_text()))
 
-    def choice(self, arm: Arm) -> Choice:
-        """The learning rate and the guidance scale of `arm`, by short trainings on prompts of their own."""
-        tried: dict[tuple[float, float], Score] = {}
-        trained = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE) for rate in RATES}
-        for rate in RATES:
-            tried[rate, SCALES[0]] = self.score(trained[rate], -1, SCALES[0], TUNING)
-        best = max(RATES, key=lambda rate: tried[rate, SCALES[0]].rank)
-        for scale in SCALES[1:]:
-            tried[best, scale] = self.score(trained[best], -1, scale, TUNING)
-        scale = max(SCALES, key=lambda scale: tried[best, scale].rank)
-        told = {f"rate x{r:g}, scale {s:g}": found.document() for (r, s), found in tried.items()}
+    def choice(self, arm: Arm, share: float = SWEEP_SHARE) -> Choice:
+        """The learning rate and the guidance scale of `arm`, both chosen on prompts of their own.
+
+        The rate is that of the best short training. The scale is chosen at the end of that one too; with a
+        `share` of 1 it is at the end of the first seed's training for the whole budget.
+        """
+        swept = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE) for rate in RATES}
+        rates = {rate: self.score(trained, -1, SCALES[0], TUNING) for rate, trained in swept.items()}
+        best = max(rates, key=lambda rate: rates[rate].rank)
+        tuned = swept[best] if share == SWEEP_SHARE else self.trained(arm, best, 0, share)
+        scales = {scale: self.score(tuned, -1, scale, TUNING) for scale in SCALES}
+        scale = max(scales, key=lambda scale: scales[scale].rank)
+        told = {f"rate x{each:g}": found.document() for each, found in rates.items()}
+        told |= {f"scale {each:g}": found.document() for each, found in scales.items()}
         return Choice(best, scale, told)
 
     def target(self, chosen: Choice, seeds: Sequence[int]) -> Score:
