@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import Downsample, ResidualBlock, SpatialSelfAttention, Upsample
+from models.fused import GroupNorm
 
 NORM_EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
             for i in range(len(channels))
         )
         self.middle = Middle(channels[-1], norm_groups, attend)
-        self.norm_out = nn.GroupNorm(norm_groups, channels[-1], eps=NORM_EPS)
+        self.norm_out = GroupNorm(norm_groups, channels[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
         self.linear = nn.Conv2d(3 * self.factor**2, out_channels, 1) if linear_path else None
 
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
         for level in self.down:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(self.middle(x))))
+        x = self.conv_out(self.norm_out(self.middle(x), silu=True))
         return x if self.linear is None else x + self.linear(F.pixel_unshuffle(images, self.factor))
 
 
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
             DecoderLevel(widths[i], widths[i + 1], blocks + 1, norm_groups, last=i == len(channels) - 1)
             for i in range(len(channels))
         )
-        self.norm_out = nn.GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
+        self.norm_out = GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
         self.linear = nn.Conv2d(in_channels, 3 * self.factor**2, 3, padding=1) if linear_path else None
 
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(features))
         for level in self.up:
             x = level(x)
-        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        x = F.pixel_shuffle(self.conv_out(self.norm_out(x, silu=True)), self.patch_size)
         return x if self.linear is None else x + F.pixel_shuffle(self.linear(features), self.factor)
 
 

@@ -25,6 +25,7 @@ from models.blocks import (
     zero_init,
 )
 from models.conditioning import Conditioning
+from models.fused import GroupNorm
 
 NORM_EPS = 1e-5
 
@@ -188,7 +189,7 @@ class UNet(nn.Module):
         self.down, skips = build_down(plan, self.channels, blocks_per_level, self.transformer_depth)
         self.middle = MiddleLevel(plan, channels[-1], middle_depth(self.transformer_depth))
         self.up = build_up(plan, self.channels, blocks_per_level, self.transformer_depth, skips)
-        self.norm_out = nn.GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
+        self.norm_out = GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
         self.conv_out = zero_init(nn.Conv2d(channels[0], patch_channels, 3, padding=1))
 
     @property
@@ -223,7 +224,7 @@ class UNet(nn.Module):
         x = self.middle(skips[-1], time, context, mask)
         for up in self.up:
             x = up(x, [skips.pop() for _ in range(self.blocks_per_level + 1)], time, context, mask)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch_size)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(x, silu=True)), self.patch_size)
 
     def beside(self, x: Tensor, image: Tensor | None) -> Tensor:
         """What the first convolution sees: `x` [B C h w], with `image_conditioning` beside the picture's.

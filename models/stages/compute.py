@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from models.blocks import Block
 from models.float8 import Linear
+from models.fused import Geglu, GroupNorm
+from models.kernels import kernels
 from models.registry import ConfigError
 from models.stages.faults import NotFinite
 
@@ -185,6 +187,8 @@ class Compute:
     recompute: bool = False
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
+    #: Norms and gates go through the machine's own kernels while they are trained.
+    native: bool = False
 
     def document(self) -> dict[str, Any]:
         """What to compute alike takes, as JSON values; without the reason."""
@@ -220,7 +224,7 @@ class Compute:
         return self.wrap(network.forward) if self.compiled and not self.by_block else network
 
     def set_blocks(self, networks: nn.Module) -> None:
-        """Lets every block of the trained `networks` compute in this way."""
+        """Lets every block and layer of the trained `networks` compute in this way."""
         blocks = [module for module in networks.modules() if isinstance(module, Block)]
         compiled = self.compiled and self.by_block
         if compiled:
@@ -229,6 +233,8 @@ class Compute:
         for module in networks.modules():
             if isinstance(module, Linear):
                 module.float8 = self.fp8
+            if isinstance(module, GroupNorm | Geglu):
+                module.native = self.native
         for block in blocks:
             block.recompute = self.recompute
             block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
@@ -242,6 +248,7 @@ class Compute:
         precision += ", float8 linears" if self.fp8 else ""
         layout = "channels-last" if self.channels_last else "channels-first"
         compiled = f"compiled{' by the block' if self.by_block else ''}" if self.compiled else "eager"
+        compiled += ", own kernels" if self.native else ""
         how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
         return f"{self.device.type}, {how} ({self.reason})"
 
@@ -256,6 +263,7 @@ def decide(
 
     On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
     the layout its kernels like, so that two runs of a seed compute alike; on another CPU the ways are timed.
+    Norms and gates go through kernels compiled for the machine wherever it can compile them.
     Compiling is tried as well where the run is long enough to earn back the minutes it takes, and kept where
     it is faster.
 
@@ -286,9 +294,12 @@ def decide(
     by_block = options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp)
     compiled = options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu)
     may_compile = options.compile is Switch.auto and compiler and not compiled
+    # Compiled networks fuse what the kernels do; they are for those that are not.
+    native = not on_gpu and kernels() is not None
     found = f"{instructions} found, " if instructions else ""
     if before is not None and before.device == device and before.bf16 in precisions:
         precisions, layouts, may_compile = [before.bf16], [before.channels_last], False
+        native = native and before.native
         compiled = before.compiled if options.compile is Switch.auto else compiled
         found = "as before the stop, "
     timed = [
@@ -296,7 +307,7 @@ def decide(
         for bf16 in precisions
         for layout in layouts
         for way in [
-            Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations, fp8)
+            Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations, fp8, native)
         ]
     ]
     seconds, best = min(timed, key=lambda pair: pair[0])

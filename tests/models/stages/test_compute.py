@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.blocks import TransformerBlock
+from models.blocks import ResidualBlock, TransformerBlock
 from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages import compute as module
@@ -17,6 +17,7 @@ def _a_cpu_with_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "_bf16_instructions", lambda: None)
     monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(module, "kernels", lambda: None)
 
 
 class Timer:
@@ -90,6 +91,22 @@ def test_a_resumed_run_computes_as_before(compiled: bool) -> None:
     assert len(timer.asked) == 1
     assert decide(TrainerOptions(precision=Precision.bf16), timer, 1, before)[0].bf16
     assert not decide(TrainerOptions(compile=Switch.off), timer, 1, before)[0].compiled
+
+
+def test_own_kernels_are_used_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = Timer(lambda way: 1.0)
+    assert not decide(TrainerOptions(), timer, 1)[0].native
+    monkeypatch.setattr(module, "kernels", object)
+    way, _ = decide(TrainerOptions(), timer, 1)
+    assert way.native
+    assert "own kernels" in str(way)
+    without = Compute(torch.device("cpu"), False, True, False, "")
+    assert not decide(TrainerOptions(), timer, 1, without)[0].native  # or resuming would change the last bits
+    network = ResidualBlock(8, 8, 4, 1e-5)
+    way.set_blocks(network)
+    assert network.norm_in.native
+    without.set_blocks(network)
+    assert not network.norm_in.native
 
 
 def test_no_gpu_to_ask_for() -> None:
