@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.float8 import Linear
 from models.fused import Geglu, GroupNorm
+from models.winograd import Conv2d
 
 # The CPU's fused attention is slow backwards in 16 bits: written out it trains 4 to 10 times faster on 64
 # tokens and 1.4 times on 256, but it keeps all Lq x Lk scores. Forward alone or in float32 fused is faster.
@@ -116,11 +117,11 @@ class ResidualBlock(Block):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm_in = GroupNorm(norm_groups, in_channels, eps=norm_eps)
-        self.conv_in = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, out_channels, 3, padding=1)
         modulation = out_channels * (2 if scale_shift else 1)
         self.modulation = nn.Linear(time_width, modulation) if time_width > 0 else None
         self.norm_out = GroupNorm(norm_groups, out_channels, eps=norm_eps)
-        self.conv_out = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_out = zero_init(Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def run(self, x: Tensor, time: Tensor | None = None) -> Tensor:
@@ -248,7 +249,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The feature map at twice the size."""

@@ -65,7 +65,8 @@ class GroupNorm(nn.GroupNorm):
             silu: whether a SiLU follows.
         """
         if self.native and serves(x):
-            gain, bias = self.weight, self.bias
+            gain: Tensor = self.weight
+            bias: Tensor = self.bias
             if scale is not None and shift is not None:
                 by = 1 + scale.float()
                 gain, bias = gain * by, bias * by + shift
@@ -110,8 +111,8 @@ class NormSilu(torch.autograd.Function):
         """The feature map, in the type and layout of `x`."""
         last = x.is_contiguous(memory_format=torch.channels_last)
         x = x if last else x.contiguous()
-        before, gain, bias = (None if each is None else each.contiguous() for each in (before, gain, bias))
-        assert gain is not None
+        before = None if before is None else before.contiguous()
+        gain, bias = gain.contiguous(), bias.contiguous()
         samples, channels = x.shape[:2]
         positions = x.shape[2] * x.shape[3]
         shape = Shape(samples, channels, positions, groups, channels if gain.ndim == 2 else 0)

@@ -1,4 +1,4 @@
-"""The machine's own fast passes over memory: `kernels.cpp`, compiled once for this processor.
+"""The machine's own fast passes over memory: `kernels.cpp` and `winograd.cpp`, compiled for this processor.
 
 Where there is a C++ compiler, the first process that asks compiles it, in some seconds, into the user's cache
 folder; the others load it from there. Without a compiler, or where anything else stands in the way, there are
@@ -16,7 +16,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "winograd.cpp"))
 #: Neither flag lets numbers that are not finite pass for others, which the guard of the training looks for.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILERS = ("g++", "c++", "clang++")
@@ -56,16 +56,14 @@ def load(compiler: str, folder: Path) -> ctypes.CDLL:
     library = folder / f"kernels-{fingerprint(compiler)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            made, linked = Path(name, "kernels.o"), Path(name, "kernels.so")
-            _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)])
+            objects = [Path(name, f"{source.stem}.o") for source in SOURCES]
+            for source, made in zip(SOURCES, objects, strict=True):
+                _run([compiler, *FLAGS, "-c", str(source), "-o", str(made)])
             # Not linked to a library of OpenMP: the functions are found in the one that torch has loaded.
-            _run([compiler, "-shared", str(made), "-o", str(linked)])
+            linked = Path(name, "kernels.so")
+            _run([compiler, "-shared", *map(str, objects), "-o", str(linked)])
             os.replace(linked, library)  # processes that start together may both write: the same
-    found = ctypes.CDLL(str(library))
-    for kind in ("norm_forward", "norm_backward", "gate_forward", "gate_backward"):
-        for suffix in ("float", "bfloat16"):
-            getattr(found, f"{kind}_{suffix}").restype = None
-    return found
+    return ctypes.CDLL(str(library))
 
 
 def fingerprint(compiler: str) -> str:
@@ -76,7 +74,12 @@ def fingerprint(compiler: str) -> str:
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines(keepends=True)
         if line.startswith(("model", "flags", "Features", "CPU"))
     )
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version.stdout, processor.encode())
+    parts = (
+        *(source.read_bytes() for source in SOURCES),
+        " ".join(FLAGS).encode(),
+        version.stdout,
+        processor.encode(),
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

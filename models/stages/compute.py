@@ -26,6 +26,7 @@ from models.fused import Geglu, GroupNorm
 from models.kernels import kernels
 from models.registry import ConfigError
 from models.stages.faults import NotFinite
+from models.winograd import Conv2d
 
 #: Whether channels-last is faster, by what multiplies bfloat16; the figures are in docs/decisions/0002.
 _CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False}
@@ -187,7 +188,7 @@ class Compute:
     recompute: bool = False
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
-    #: Norms and gates go through the machine's own kernels while they are trained.
+    #: Norms, gates and 3x3 convolutions go through the machine's own kernels while they are trained.
     native: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class Compute:
         for module in networks.modules():
             if isinstance(module, Linear):
                 module.float8 = self.fp8
-            if isinstance(module, GroupNorm | Geglu):
+            if isinstance(module, GroupNorm | Geglu | Conv2d):
                 module.native = self.native
         for block in blocks:
             block.recompute = self.recompute
@@ -263,7 +264,7 @@ def decide(
 
     On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
     the layout its kernels like, so that two runs of a seed compute alike; on another CPU the ways are timed.
-    Norms and gates go through kernels compiled for the machine wherever it can compile them.
+    Norms, gates and 3x3 convolutions go through kernels compiled for the machine where it can compile them.
     Compiling is tried as well where the run is long enough to earn back the minutes it takes, and kept where
     it is faster.
 

@@ -11,8 +11,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.conditioning import Conditioning
 from models.diffusers_layout import unet_config, unet_to_diffusers
@@ -84,6 +82,10 @@ class Problem:
 
     def flops(self, network: nn.Module) -> float:
         """FLOPs of a sample's forward and backward pass through `network`, which lies on the meta device."""
+        # Here, as counting is no part of a step, whose memory is measured with what is imported.
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
         batch = self.batch(1, 0).to(torch.device("meta"))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             loss(network(*batch.inputs), batch).backward()

@@ -1,7 +1,8 @@
 """The most memory that training steps of one network take, in a process that has done nothing else.
 
 `python -m scripts.benches.step_peak '{"ours": true, ...}'` prints two numbers as JSON, MB at the peak and MB
-before there was a network; `peak` starts it. On a GPU it is what torch allocated there.
+before there was a network, of what its step takes to import; `peak` starts it. On a GPU it is what torch
+allocated there.
 """
 
 import json
@@ -53,14 +54,11 @@ def main(told: str) -> None:
     problem = Problem(**document["problem"])
     compute = Compute.read(document["compute"], "as told")
     with torch.device("meta"):
-        Theirs(problem.unet())  # both processes know diffusers, so that its own size is no difference
+        unet = problem.unet()
+        if not document["ours"]:
+            Theirs(unet)  # which imports diffusers
     before = _peak(compute)
-    if document["ours"]:
-        network: torch.nn.Module = problem.unet()
-    else:
-        with torch.device("meta"):
-            unet = problem.unet()
-        network = Theirs(unet)
+    network: torch.nn.Module = problem.unet() if document["ours"] else Theirs(unet)
     steps = Steps(network, compute, [problem.batch(document["batch"], 0)])
     for _ in range(STEPS):
         steps.step()

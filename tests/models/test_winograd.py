@@ -1,0 +1,97 @@
+"""Convolutions by tiles against the sum over the window: values, gradients, and where they are not used."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import kernels, winograd
+from models.winograd import Conv2d, Winograd
+
+pytestmark = pytest.mark.skipif(kernels.kernels() is None, reason="no C++ compiler made the kernels here")
+
+
+def made(*shape: int, number: int = 0) -> Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(number))
+    return drawn.to(memory_format=torch.channels_last)
+
+
+def layer(within: int = 64, out: int = 80, bias: bool = True) -> Conv2d:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Conv2d(within, out, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
+
+
+def outcome(conv: Conv2d, x: Tensor, up: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    x = x.detach().requires_grad_()
+    conv.zero_grad()
+    y = conv(x)
+    y.backward(up)
+    found = [y, *(each.grad for each in (x, *conv.parameters()))]
+    return [each.detach().clone() for each in found if each is not None]
+
+
+def error(mine: Tensor, true: Tensor) -> float:
+    return float((mine - true).abs().max() / true.abs().max())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (8, 12)])
+def test_it_is_the_convolution(height: int, width: int, bias: bool) -> None:
+    conv, x, up = layer(bias=bias), made(3, 64, height, width), made(3, 80, height, width, number=1)
+    exact = outcome(conv.double(), x.double(), up.double())
+    conv.float().native = True
+    assert conv.suits(x)
+    own = outcome(conv, x, up)
+    assert len(own) == len(exact) == (4 if bias else 3)
+    assert all(error(mine.double(), true) < 5e-6 for mine, true in zip(own, exact, strict=True))
+    assert own[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_portions_of_the_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x, up = layer(), made(5, 64, 8, 8), made(5, 80, 8, 8, number=1)
+    conv.native = True
+    whole = outcome(conv, x, up)
+    assert winograd.chunks(x, 80) == [slice(0, 5)]
+    monkeypatch.setattr(winograd, "CHUNK", 36 * 80 * 4 * 2)
+    assert winograd.chunks(x, 80) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    for mine, one in zip(outcome(conv, x, up), whole, strict=True):
+        torch.testing.assert_close(mine, one, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(winograd, "_SPACE", 0)  # as where one sample fills more than is kept
+    for mine, one in zip(outcome(conv, x, up), whole, strict=True):
+        torch.testing.assert_close(mine, one, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    conv = layer()
+    conv.native = True
+    x = made(1, 64, 4, 4)
+    conv(x).sum().backward()
+    assert x.grad is None
+    assert conv.weight.grad is not None
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    conv, x = layer(), made(1, 64, 8, 8)
+    conv.native = True
+    x[0, 5, 1, 1] = float("nan")
+    y = conv(x)
+    assert not y[0, :, :4, :4].isfinite().any()
+    assert y[0, :, 4:, 4:].isfinite().all()
+
+
+def test_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Winograd, "apply", lambda *_: pytest.fail("it was used"))
+    conv, x = layer(), made(1, 64, 8, 8)
+    conv(x)
+    conv.native = True
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
+    conv(x.contiguous())
+    conv(made(1, 64, 6, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x)
+    for other in (Conv2d(64, 64, 3, 2, 1), Conv2d(64, 64, 1), Conv2d(8, 64, 3, padding=1)):
+        other.native = True
+        other(made(1, other.in_channels, 8, 8))
