@@ -22,6 +22,8 @@ TILE = 4
 CHUNK = 1024 * 1024
 #: Channels below which the transforms cost more than they save.
 LEAST = 64
+#: Tiles of a batch below which transforming the kernels costs more than it saves.
+LEAST_TILES = 16
 #: Floats between planes: at powers of two apart they would fall on the same lines of a cache.
 _APART = 48
 _SPACE = CHUNK + 36 * _APART
@@ -55,6 +57,7 @@ class Conv2d(nn.Conv2d):
             and min(self.in_channels, self.out_channels) >= LEAST
             and self.in_channels % 16 == self.out_channels % 16 == 0
             and x.shape[2] % TILE == x.shape[3] % TILE == 0
+            and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_TILES * TILE**2
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and x.is_contiguous(memory_format=torch.channels_last)

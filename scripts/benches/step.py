@@ -57,6 +57,8 @@ LARGE = 100_000_000  # parameters from which on a network is for a GPU
 TEXTS = {"sd2": (1024, 77), "sdxl": (2048, 77)}
 CPU_BATCH, GPU_BATCHES = 16, (64, 32, 16, 8)
 MEMORY_BATCH = 64  # on a CPU, where the peak at less is mostly imports
+#: So many that the kernels for many are used on the smallest map too.
+PARITY_BATCH = 4
 WARM_UP, BRIEF, CEILING_TRIES = 6, 7, 3
 #: An eager way that takes so many times as long as the fastest is not compiled.
 HOPELESS = 2.0
@@ -271,7 +273,7 @@ def compare(problem: Problem, batch: int, way: Way) -> Timed:
     exact = exactly()
     exact.place(unet)
     exact.set_blocks(unet)
-    errors = parity(unet, theirs, problem.batch(1, 0).lay_out(exact))
+    errors = parity(unet, theirs, problem.batch(PARITY_BATCH, 0).lay_out(exact))
     device = device_of(way.options)
     batch = batch or (CPU_BATCH if device.type == "cpu" else largest_batch(problem, unet, theirs))
     batches = [problem.batch(batch, number) for number in range(2)]
