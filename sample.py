@@ -47,6 +47,8 @@ def sample(config: DictConfig) -> None:
     if values["guide_checkpoint"] is not None:
         weaker, _, weaker_sha256 = load_pipeline(Path(values["guide_checkpoint"]), device)
         pipeline.guided_by(weaker)
+    if values["full_decoder"]:
+        pipeline.decode_fully()
     source = Source(pipeline, str(values["checkpoint"]), sha256, weaker_sha256)
     work = make_work(values, prompts, source, read_given(values), look, signer)
     warning = too_long(work)

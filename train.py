@@ -19,7 +19,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -38,10 +38,19 @@ from data.progress import Progress
 from data.shards import ShardDataset
 from evaluation.report import contact_sheet, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
-from models.loading import MODEL_KEYS, build_networks, load_pipeline, read_sampling
+from models.diffusion.distillation import Distillation, Lesson
+from models.loading import (
+    MODEL_KEYS,
+    STUDENT_KEY,
+    build_decoder,
+    build_networks,
+    load_pipeline,
+    newest_picturing,
+    read_sampling,
+)
 from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
-from models.sampling import Job
+from models.sampling import Job, is_euler
 from models.stages.agreement import require_same_config
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.cluster import Launcher, adopt_step
@@ -67,6 +76,9 @@ from models.stages.ranks import Ranks
 from models.stages.session import Session
 from models.stages.sharded import Sharding, shards_of
 from models.stages.stage import Stage, restore_compute, restore_networks
+
+if TYPE_CHECKING:
+    from models.stages.distillation import DistillationStage
 
 #: What evaluates checkpoints while a run trains.
 EVALUATE = Path(__file__).resolve().parent / "scripts" / "evaluate.py"
@@ -182,7 +194,7 @@ class Run:
         self.ranks = ranks
         self.names = [name for name in StageName if name.name in values["stages"]]
         if not self.names:
-            raise ConfigError("stages is empty; give autoencoder, diffusion, or both")
+            raise ConfigError("stages is empty; give autoencoder, diffusion, or both; or distillation")
         self.trainer = make("trainer", values["trainer"])
         self.plans = {name: make(f"plan/{name.name}", values["plan"][name.name]) for name in StageName}
         self.optimizers = {
@@ -190,12 +202,14 @@ class Run:
         }
         self.averaging = make("ema", values["ema"])
         self.loss = make("reconstruction", values["reconstruction"])
+        self.distillation: Distillation = make("distillation", values["distillation"])
         self.data: ShardData = make("data", values["data"])
         self.rendered = None if self.data.is_given else make("rendered", values["rendered"])
         set_threads(self.trainer, ranks.local_size)
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
             torch.manual_seed(int(values["seed"]))
             self.networks = build_networks(values)
+            self.decoder = build_decoder(values["decoder"], self.networks[0])
         check_size("data.resolution", self.data.resolution, self.networks[0], self.networks[2].min_divisor)
         self.objective = build("objective", values["objective"])
         try:
@@ -208,7 +222,7 @@ class Run:
                 f"{self.data.before!r}, but a backbone that takes a picture is trained on pairs, and no "
                 "other is; set both or neither"
             )
-        if values["base"] is not None and StageName.diffusion not in self.names:
+        if values["base"] is not None and StageName.autoencoder in self.names and len(self.names) == 1:
             raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
         #: Ranks that each model is spread over, and how, once there is one to spread.
         self.shards = shards_of(self.trainer, ranks.size)
@@ -217,8 +231,13 @@ class Run:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")
         self.sampling = read_sampling(values)
         self.sampling.times(self.objective.schedule)  # refused now rather than after the training
+        self.distils = StageName.distillation in self.names
+        if self.distils:
+            self.check_student()
         self.config = {key: values[key] for key in MODEL_KEYS if key in values}
         self.config |= {"resolution": self.data.resolution, "run": values}
+        #: What the student is to learn, once its teacher is known.
+        self.lesson: Lesson | None = None
         self.folder = run_folder(values)
         self.session = Session(
             self.folder,
@@ -239,6 +258,50 @@ class Run:
         """Prints a line, once for all ranks."""
         if self.ranks.first:
             print(text, flush=True)
+
+    def check_student(self) -> None:
+        """Refuses to distil what cannot be, before anything is built.
+
+        Raises:
+            ConfigError: naming the options.
+        """
+        sampling = self.sampling
+        if len(self.names) > 1:
+            raise ConfigError(
+                "stages: distillation is a run of its own, which learns from base=RUN; give "
+                "stages=[distillation]"
+            )
+        if self.networks[2].image_conditioning:
+            raise ConfigError(
+                "stage distillation cannot teach to edit; set backbone.image_conditioning=false"
+            )
+        if sampling.guidance_scale != 1 or not is_euler(sampling.sampler):
+            raise ConfigError(
+                f"sampling.guidance_scale is {sampling.guidance_scale:g}, but a student takes plain steps "
+                "with its guidance built in; set sampling.guidance_scale=1 and sampler=euler, and what is "
+                "built in with distillation.guidance_scale"
+            )
+        if self.shards > 1:
+            raise ConfigError("stage distillation has a whole model on each rank; use trainer.strategy=ddp")
+        try:
+            self.distillation.segments(sampling.grid, self.objective, sampling.num_steps)
+        except ValueError as error:
+            raise ConfigError(f"distillation: {error}") from None
+
+    def plan_lesson(self, base: Base) -> Lesson:
+        """What the student is to learn from `base`, which its checkpoints then say.
+
+        Raises:
+            CheckpointError: the base is a student itself.
+        """
+        if STUDENT_KEY in base.config:
+            raise CheckpointError(f"base={base.path} is a student itself; give the run that it learnt from")
+        teacher, scale = read_sampling(base.config), self.distillation.guidance_scale
+        scale = teacher.guidance_scale if scale is None else scale
+        sampling = self.sampling
+        segments = self.distillation.segments(sampling.grid, self.objective, sampling.num_steps)
+        self.config[STUDENT_KEY] = {"guidance_scale": scale, "decoder": self.values["decoder"]}
+        return Lesson(self.objective, segments, teacher.guidance, scale)
 
     def open_data(self) -> None:
         """Opens the shards, rendering them first where the run has none of its own.
@@ -322,6 +385,8 @@ class Run:
         """
         stages: list[Stage] = []
         base = self.open_base()
+        if base is not None and self.distils:
+            self.lesson = self.plan_lesson(base)
         self.open_moments()
         for name in self.names:
             checkpoint = self.newest(name)
@@ -343,6 +408,8 @@ class Run:
             checkpoint = self.checkpoints[StageName[stage.name]]
             if base is not None and checkpoint is None:
                 base.start(stage)
+            if base is not None and self.lesson is not None:
+                base.teach(cast("DistillationStage", stage))
             self.spread(stage)
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
@@ -368,11 +435,16 @@ class Run:
         Raises:
             CheckpointError: a base that cannot be used, or another one than the run began with.
         """
-        given = self.values["base"]
-        mine, begun = (self.newest(name) for name in (StageName.autoencoder, StageName.diffusion))
-        if begun is not None:
+        given, last = self.values["base"], StageName.distillation if self.distils else StageName.diffusion
+        mine, begun = (self.newest(name) for name in (StageName.autoencoder, last))
+        if begun is not None and (not self.distils or self.is_done(last, begun)):
             return None
         if given is None:
+            if self.distils:
+                raise ConfigError(
+                    "base is not set, but stage distillation learns from a trained model all the time; give "
+                    "base=RUN, such as base=runs/landscapes"
+                )
             if mine is not None and is_handed_over(mine) and StageName.diffusion in self.names:
                 raise CheckpointError(
                     f"{mine.folder} came from a base, and the networks that go with it are not there yet; "
@@ -390,8 +462,13 @@ class Run:
                 f"{mine.folder} is another autoencoder than that of base={given}; "
                 "give this run another name=..."
             )
+        if begun is not None and begun.document("state")["base"] != base.sha256:
+            raise CheckpointError(
+                f"{begun.folder} was taught by another checkpoint than the newest of base={given}; give that "
+                "one, as runs/NAME/diffusion/checkpoints/images-..., or give this run another name=..."
+            )
         self.base = base.sha256
-        self.say(f"begins with the networks of {given}")
+        self.say(f"{'learns from' if self.distils else 'begins with the networks of'} {given}")
         return base
 
     def is_done(self, name: StageName, checkpoint: Checkpoint) -> bool:
@@ -429,7 +506,7 @@ class Run:
         differ = (
             apart(was, self.values, TAKEN[:1]) if handed_over else differences(name.name, was, self.values)
         )
-        if given is not None and name is StageName.diffusion and was.get("base") != given:
+        if given is not None and name is not StageName.autoencoder and was.get("base") != given:
             differ.append(f"base was {was.get('base')}, now {given}")
         data = self.data_for(name).train
         if not handed_over and state["dataset"] != data.fingerprint():
@@ -451,6 +528,7 @@ class Run:
         # Imported here because lightning takes seconds, which --help and --cfg need not wait for.
         from models.stages.autoencoder import AutoencoderStage
         from models.stages.diffusion import DiffusionStage
+        from models.stages.distillation import DistillationStage
 
         autoencoder, text_encoder, backbone = self.networks
         seed, here = int(self.values["seed"]), Compute(torch.device("cpu"), False, False, False, "")
@@ -458,6 +536,12 @@ class Run:
             return AutoencoderStage(
                 autoencoder, self.loss, self.optimizers[name], self.plans[name], here, seed
             )
+        if name is StageName.distillation:
+            assert self.lesson is not None
+            return DistillationStage(
+                copy.deepcopy(autoencoder), text_encoder, backbone, self.decoder, self.lesson,
+                self.optimizers[name], self.plans[name], here, seed, self.averaging,
+            )  # fmt: skip
         return DiffusionStage(
             copy.deepcopy(autoencoder),  # frozen, and filled once the autoencoder is trained
             text_encoder,
@@ -475,6 +559,7 @@ class Run:
         """Trains `stage` to the end of its plan, with pictures on the way."""
         from models.stages.autoencoder import AutoencoderStage
         from models.stages.diffusion import DiffusionStage
+        from models.stages.distillation import DistillationStage
         from models.stages.fit import Work, fit
 
         name = StageName[stage.name]
@@ -484,7 +569,7 @@ class Run:
             "data": data.train.describe(),
         }
         first = self.held_out(16)
-        if isinstance(stage, DiffusionStage):
+        if isinstance(stage, DiffusionStage | DistillationStage):
             tensors = self.averaged_autoencoder()
             stage.load_autoencoder(tensors, str(self.folder))
             fingerprints["autoencoder"] = fingerprint(tensors)
@@ -497,7 +582,7 @@ class Run:
                     f"{before.folder} was trained on the latents of another autoencoder than this run's; "
                     "give this run another name=..., or restore the autoencoder"
                 )
-        assert isinstance(stage, AutoencoderStage | DiffusionStage)
+        assert isinstance(stage, AutoencoderStage | DiffusionStage | DistillationStage)
 
         def show_pictures(images_seen: int) -> Path:
             if isinstance(stage, AutoencoderStage):
@@ -549,7 +634,7 @@ class Run:
             began: `time.perf_counter()` when the command began.
         """
         run = self.folder
-        if newest(run / "diffusion" / "checkpoints") is None:
+        if newest_picturing(run) is None:
             print(f"\nThe autoencoder is trained: {run / 'autoencoder' / 'pictures'}")
             print("Next: python train.py with the same settings and stages=[diffusion]")
             return

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.datamodule import ShardData
 from data.rendered import RenderedEdits, RenderedLandscapes
+from models.diffusion.distillation import Distillation
 from models.registry import REGISTRY, Part, children, construct, options
 from models.stages.averages import HalflifeAverage, PowerFunctionAverage
 from models.stages.cluster import Here, Slurm
@@ -32,10 +33,13 @@ from models.stages.plan import Plan
 TRAINING: dict[str, dict[str, Part]] = {
     "optimizer/autoencoder": {"adamw": AdamW, "muon": Muon},
     "optimizer/diffusion": {"adamw": AdamW, "muon": Muon},
+    "optimizer/distillation": {"adamw": AdamW, "muon": Muon},
     "plan/autoencoder": {"plan": Plan},
     "plan/diffusion": {"plan": Plan},
+    "plan/distillation": {"plan": Plan},
     "ema": {"halflife": HalflifeAverage, "power": PowerFunctionAverage},
     "reconstruction": {"pixels": ReconstructionLoss},
+    "distillation": {"path": Distillation},
     "data": {"shards": ShardData},
     "rendered": {"landscapes": RenderedLandscapes, "landscape_edits": RenderedEdits},
     "trainer": {"options": TrainerOptions},
@@ -51,6 +55,7 @@ class StageName(Enum):
 
     autoencoder = "autoencoder"
     diffusion = "diffusion"
+    distillation = "distillation"
 
 
 @dataclasses.dataclass
@@ -67,9 +72,11 @@ class TrainConfig:
     """What `train.py` is told; every group is filled in from the defaults list of `train.yaml`."""
 
     name: str | None = None
-    base: str | None = None  # a run folder or exported file whose networks this run begins with
+    base: str | None = None  # a run folder or exported file whose networks this run begins with, or learns of
     seed: int = 0
-    stages: list[StageName] = dataclasses.field(default_factory=lambda: list(StageName))
+    stages: list[StageName] = dataclasses.field(
+        default_factory=lambda: [StageName.autoencoder, StageName.diffusion]
+    )
     resume: bool = False
     estimate: bool = False  # what training would need is said, and nothing is trained; plan=true for short
     debug: bool = False
@@ -87,6 +94,8 @@ class TrainConfig:
     optimizer: Any = MISSING
     ema: Any = MISSING  # how the diffusion stage averages its weights
     conditioning_dropout: float = 0.1
+    distillation: Any = MISSING
+    decoder: Any = None  # a small one that a student learns besides; None: the autoencoder's own
     data: Any = MISSING
     rendered: Any = MISSING
     trainer: Any = MISSING
@@ -113,6 +122,7 @@ class SampleConfig:
     size: Any = None  # pixels a side, or [width,height]
     tiled: bool = False
     wrap: bool = False
+    full_decoder: bool = False  # the autoencoder's decoder, though a student has a smaller one
     variation: float | None = None
     variation_seed: int | None = None
     image: str | None = None

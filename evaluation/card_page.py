@@ -15,9 +15,10 @@ from torch import Tensor
 from data.arrays import write_atomic
 from evaluation.asks import Real
 from evaluation.card import Card, kind_of
+from evaluation.curves import pyplot
 from evaluation.diversity import PromptVariety, Variety
 from evaluation.measure import Made, Measured
-from evaluation.report import contact_sheet, page, pyplot, section
+from evaluation.report import contact_sheet, page, section
 
 PAGE = "report.html"
 #: Pictures on a sheet, and prompts whose pictures are shown as the most alike.

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -25,11 +24,9 @@ from data.progress import Progress
 from data.shards import Sample
 from evaluation.adherence import AdherenceJudge, JudgeError, load_judge, save_judge, score, train_judge
 from evaluation.editing import Edited, renders, score_edits
+from models.loading import PICTURING
 from models.pipeline import Pipeline
 from models.sampling import Job, Sampling
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 #: Pictures on the contact sheet.
 SHOWN = 48
@@ -86,44 +83,6 @@ def edit_sheet(before: Tensor, made: Tensor, after: Tensor, instructions: Sequen
     pictures = torch.stack([before, made, after], 1).flatten(0, 1)
     captions = [text for instruction in instructions for text in ("before", instruction, "true after")]
     return contact_sheet(pictures, captions, columns=9)
-
-
-#: Charts of evaluations made while a run trained: title -> figure -> what it is called.
-_EVALUATED = {
-    "Frechet distance": {"eval_fd": "made", "eval_fd_floor": "floor: training pictures"},
-    "Different pictures of a prompt": {
-        "eval_variety_different": "made", "eval_variety_different_real": "real"
-    },
-    "Shows what was asked for": {"eval_adherence_all": "made", "eval_adherence_all_real": "real"},
-}  # fmt: skip
-
-
-def curves(metrics: Mapping[str, Sequence[Mapping[str, float]]]) -> Image.Image:
-    """Losses of each stage over the images seen, and the figures of evaluations, as a picture."""
-    charts: list[tuple[str, Sequence[Mapping[str, float]], Mapping[str, str]]] = [
-        (stage, lines, {"train_loss": "training", "val_loss": "held out"}) for stage, lines in metrics.items()
-    ]
-    for title, figures in _EVALUATED.items():
-        found = [line for each in metrics.values() for line in each if figures.keys() & line.keys()]
-        charts += [(title, found, figures)] if found else []
-    figure, axes = pyplot.subplots(
-        1, max(len(charts), 1), figsize=(5.5 * max(len(charts), 1), 3.6), squeeze=False
-    )
-    for axis, (title, lines, names) in zip(axes[0], charts, strict=False):
-        for key, label in names.items():
-            points = sorted((line["images"], line[key]) for line in lines if key in line)
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 12 else None)
-        axis.set(title=title, xlabel="images seen")
-        if title in metrics:
-            axis.set(ylabel="loss", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    pyplot.close(figure)
-    return Image.open(buffer)
 
 
 def write_report(
@@ -203,7 +162,7 @@ def make_report(
             progress=progress.update,
         )
     metrics = {
-        stage: read_json_lines(folder / stage / "metrics.jsonl") for stage in ("autoencoder", "diffusion")
+        stage: read_json_lines(folder / stage / "metrics.jsonl") for stage in ("autoencoder", *PICTURING)
     }
     figures: dict[str, Any] = {"run": folder.name}
     if judged:
@@ -217,7 +176,8 @@ def make_report(
         "psnr_db": _last(metrics["autoencoder"], "val_psnr_db"),
         "autoencoder_val_loss": _last(metrics["autoencoder"], "val_loss"),
         "diffusion_val_loss": _last(metrics["diffusion"], "val_loss"),
-        "images_seen": _images_seen(metrics["diffusion"]),
+        "distillation_val_loss": _last(metrics["distillation"], "val_loss"),
+        "images_seen": _images_seen([line for stage in PICTURING for line in metrics[stage]]),
         "autoencoder_images_seen": _images_seen(metrics["autoencoder"]),
         "seconds": time.perf_counter() - began,
     }
@@ -230,6 +190,9 @@ def make_report(
             "Contact sheet": contact_sheet(made[:SHOWN], captions[:SHOWN]),
             "Held-out images": contact_sheet(real, captions[:SHOWN]),
         }
+    # Plotting takes a second to import, which making pictures need not wait for.
+    from evaluation.curves import curves
+
     pictures["Curves"] = curves({stage: lines for stage, lines in metrics.items() if lines})
     write_report(folder, f"Firstlight: {folder.name}", figures, pictures, config)
     for line in _lines(figures):

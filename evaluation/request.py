@@ -127,6 +127,7 @@ def make_work(
         "checkpoint": source.name,
         "checkpoint_sha256": source.sha256,
         **({} if weaker is None else {"guide_checkpoint_sha256": weaker}),
+        **({"full_decoder": True} if pipeline.full_decoder else {}),
         **_describe(values, sampling, pipeline),
         **start.record,
         "size": list(size),

@@ -26,8 +26,9 @@ from models.diffusion.guidance import Guidance
 from models.diffusion.objective import Objective
 from models.pipeline import Pipeline
 from models.registry import ConfigError, build
-from models.sampling import Sampling
+from models.sampling import Sampling, Student
 from models.text_encoder import TextEncoder
+from models.tiny_decoder import TinyDecoder
 from models.unet import UNet
 
 #: Parts of a run's configuration that its pictures depend on, kept in every diffusion checkpoint.
@@ -42,6 +43,10 @@ MODEL_KEYS = (
     "sampling",
     "resolution",
 )
+#: What a student's configuration has besides: `guidance_scale` and `decoder`, built in by distillation.
+STUDENT_KEY = "student"
+#: Stages whose checkpoints make pictures of prompts; a run that has both is sampled as the first says.
+PICTURING = ("distillation", "diffusion")
 EXPORT_FORMAT = "firstlight-1"
 
 
@@ -70,8 +75,63 @@ def load_pipeline(path: Path, device: torch.device) -> tuple[Pipeline, dict[str,
     for name, network in zip(("autoencoder", "text_encoder", "backbone"), networks, strict=True):
         mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
         load_weights(network, mine, f"{path}: {name}")
-        network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Pipeline(*networks, objective, resolution, defaults=defaults, described=parts), config, sha256
+        ready(network, device)
+    student = None
+    if STUDENT_KEY in config:
+        times = defaults.times(objective.schedule)
+        student = read_student(config[STUDENT_KEY], tensors, networks[0], times, path, device)
+    pipeline = Pipeline(*networks, objective, resolution, defaults=defaults, described=parts, student=student)
+    return pipeline, config, sha256
+
+
+def ready(network: torch.nn.Module, device: torch.device) -> None:
+    """Puts `network` where and how it makes pictures."""
+    network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def read_student(
+    values: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    autoencoder: Autoencoder,
+    times: Tensor,
+    path: Path,
+    device: torch.device,
+) -> Student:
+    """What the model of `tensors` was distilled for, as `values` of its configuration say.
+
+    Raises:
+        CheckpointError: its small decoder cannot be built, or is of another shape.
+    """
+    try:
+        scale = float(values["guidance_scale"])
+        decoder = build_decoder(values["decoder"], autoencoder)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its student cannot be built: {error}") from None
+    if decoder is not None:
+        mine = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")}
+        load_weights(decoder, mine, f"{path}: decoder")
+        ready(decoder, device)
+    return Student(scale, times, decoder)
+
+
+def build_decoder(config: Mapping[str, Any] | None, autoencoder: Autoencoder) -> TinyDecoder | None:
+    """The small decoder that `config` describes, with fresh weights; None where it is none.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    if config is None:
+        return None
+    decoder: TinyDecoder = build(
+        "decoder", config, latent_channels=autoencoder.latent_channels, factor=autoencoder.factor
+    )
+    return decoder
+
+
+def newest_picturing(run: Path) -> Checkpoint | None:
+    """The newest verified checkpoint of the run in folder `run` that makes pictures, a student's first."""
+    found = (newest(run / stage / "checkpoints") for stage in PICTURING)
+    return next((checkpoint for checkpoint in found if checkpoint is not None), None)
 
 
 def read_sampling(config: Mapping[str, Any]) -> Sampling:
@@ -179,12 +239,12 @@ def _read_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     whole = path.absolute()
     one = whole.parent.name == "checkpoints"  # one of a run's checkpoints, which may not be its newest
     run = whole.parents[2] if one else path
-    diffusion = Checkpoint(path) if one else newest(run / "diffusion" / "checkpoints")
+    diffusion = Checkpoint(path) if one else newest_picturing(run)
     autoencoder = newest(run / "autoencoder" / "checkpoints")
     if diffusion is None or autoencoder is None:
         missing = "diffusion" if diffusion is None else "autoencoder"
         raise CheckpointError(f"{path}: has no verified {missing} checkpoint; train it with: python train.py")
-    if diffusion.document("state")["stage"] != "diffusion":
+    if diffusion.document("state")["stage"] not in PICTURING:
         raise CheckpointError(f"{path}: is a checkpoint of another stage; give the run, or one of diffusion")
     config = diffusion.document("config")
     tensors = {**autoencoder.tensors("ema"), **diffusion.tensors("ema")}

@@ -26,7 +26,7 @@ from models.diffusion.guidance import Branch, ConditionalDenoiser, Denoise
 from models.diffusion.objective import Objective
 from models.portions import PIXELS, TEXTS, PortionedBackbone, Portions, rows_for
 from models.registry import ConfigError, build, did_you_mean
-from models.sampling import STRENGTH, Job, Sampling
+from models.sampling import STRENGTH, Job, Sampling, Student
 from models.text_encoder import TextEncoder
 from models.unet import UNet
 
@@ -51,6 +51,7 @@ class Pipeline:
         autocast: context in which the networks run.
         defaults: how its pictures are made where a call does not say.
         described: the parts of `defaults` as a configuration names them.
+        student: what the backbone was distilled for, where it was.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Pipeline:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         defaults: Sampling | None = None,
         described: Mapping[str, Any] | None = None,
+        student: Student | None = None,
     ) -> None:
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -78,6 +80,8 @@ class Pipeline:
         self.described = dict(described or {})
         self.autocast = autocast
         self.weaker: Pipeline | None = None
+        self.student = student
+        self.full_decoder = False
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "auto") -> "Pipeline":
@@ -193,6 +197,8 @@ class Pipeline:
         if size is None and given:
             size = (given[0].shape[2], given[0].shape[1])
         sampling.times(self.denoiser.schedule)
+        if self.student is not None:
+            self.student.check(sampling, self.denoiser.schedule)
         h, w = self.latent_size(size)
         if sampling.wrap and w * self.autoencoder.factor <= self.resolution:
             raise ConfigError(f"wrap closes pictures wider than {self.resolution} pixels; give a larger size")
@@ -245,7 +251,6 @@ class Pipeline:
     def _guided(self, jobs: list[Job], sampling: Sampling) -> Denoise:
         """The denoiser of the jobs' prompts, guided as asked."""
         conditioning = self._told(jobs)
-        null = self._encode([job.negative_prompt for job in jobs])
         window = self.resolution // self.autoencoder.factor
 
         def tiled(denoiser: ConditionalDenoiser) -> ConditionalDenoiser:
@@ -255,6 +260,7 @@ class Pipeline:
         before = self._stack([job.before for job in jobs])
         if before is not None:
             picture = self._latents(before)
+            null = self._encode([job.negative_prompt for job in jobs])
             # Brooks et al. 2023 (arXiv 2211.09800), eq. 3, as weights of three branches.
             branches = [
                 Branch(1 - s, null.with_image(torch.zeros_like(picture))),
@@ -266,7 +272,10 @@ class Pipeline:
                 Branch(1 - text, self.weaker._told(jobs), tiled(self.weaker.denoiser)),
                 Branch(text, conditioning),
             ]
+        elif text == 1:
+            branches = [Branch(1.0, conditioning)]
         else:
+            null = self._encode([job.negative_prompt for job in jobs])
             branches = [Branch(1 - text, null), Branch(text, conditioning)]
         return sampling.guidance.combine(tiled(self.denoiser), branches)
 
@@ -281,6 +290,10 @@ class Pipeline:
         mine, theirs = (each.autoencoder.state_dict() for each in (self, weaker))
         if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
             raise ConfigError("the weaker checkpoint has another autoencoder; take one of the same run")
+        if self.student is not None:
+            raise ConfigError(
+                "a student has its guidance built in; sample its teacher with a weaker checkpoint"
+            )
         if self.edits or weaker.edits:
             raise ConfigError("a checkpoint that edits by instruction is not guided by a weaker one")
         t = torch.linspace(0, 1, 101)
@@ -336,8 +349,26 @@ class Pipeline:
         if wrap:
             latents = functional.pad(latents, (rim, rim, 0, 0), "circular")
         sides = (latents.shape[2] * f, latents.shape[3] * f)
-        images = self._in_portions(self.autoencoder.decode, latents, sides).float()
+        images = self._in_portions(self._decoder(), latents, sides).float()
         return images[..., rim * f : images.shape[3] - rim * f]
+
+    def _decoder(self) -> Callable[[Tensor], Tensor]:
+        """What turns latents into pictures: a student's small decoder, where it has one and it is wanted."""
+        small = None if self.student is None or self.full_decoder else self.student.decoder
+        return self.autoencoder.decode if small is None else small
+
+    def decode_fully(self) -> None:
+        """Decodes with the autoencoder's decoder from now on, though a student brought a smaller one.
+
+        Raises:
+            ConfigError: there is no other one.
+        """
+        if self.student is None or self.student.decoder is None:
+            raise ConfigError(
+                "full_decoder has no effect here: the checkpoint has no decoder but the autoencoder's; "
+                "leave it out"
+            )
+        self.full_decoder = True
 
     def _in_portions(self, network: Callable[[Tensor], Tensor], x: Tensor, sides: Sequence[int]) -> Tensor:
         return network(x) if self.portions is None else self.portions(rows_for(PIXELS, *sides), network, x)

@@ -41,6 +41,7 @@ from models.diffusion.weightings import (
     Weighting,
 )
 from models.text_encoder import OpenClipTextEncoder, TextTransformer
+from models.tiny_decoder import TinyDecoder
 from models.unet import UNet
 
 Part = Callable[..., Any]
@@ -50,6 +51,7 @@ REGISTRY: dict[str, dict[str, Part]] = {
     "autoencoder": {"kl": Autoencoder},
     "text_encoder": {"transformer": TextTransformer, "open_clip": OpenClipTextEncoder},
     "backbone": {"unet": UNet},
+    "decoder": {"tiny": TinyDecoder},
     "objective": {"diffusion": Objective},
     "objective/schedule": {
         "flow": FlowSchedule,

@@ -4,16 +4,19 @@ Both are plain values, checked when they are made, so that a command, the evalua
 same numbers with the same words. Used by `models.pipeline`.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from models.diffusion.editing import cut
 from models.diffusion.guidance import Guidance
-from models.diffusion.samplers import Grid, Sampler
+from models.diffusion.samplers import Grid, Sampler, euler
 from models.diffusion.schedules import Schedule
 from models.registry import ConfigError
+from models.tiny_decoder import TinyDecoder
 
 MAX_STEPS = 10_000
 MAX_SCALE = 1_000.0
@@ -94,6 +97,38 @@ class Sampling:
 
 
 @dataclass(frozen=True, eq=False)
+class Student:
+    """What a distilled checkpoint was made for; it can do nothing else.
+
+    Args:
+        guidance_scale: of its teacher, built in.
+        times: `[N+1]` that it was taught to visit, one step between two of them.
+        decoder: a small one of its own, or None.
+    """
+
+    guidance_scale: float
+    times: Tensor
+    decoder: TinyDecoder | None = None
+
+    def check(self, sampling: Sampling, schedule: Schedule) -> None:
+        """Raises ConfigError for a `sampling` that the student was not taught."""
+        steps = len(self.times) - 1
+        if sampling.guidance_scale != 1:
+            raise ConfigError(
+                f"guidance_scale is {sampling.guidance_scale:g}, but this checkpoint is a student with "
+                f"guidance of {self.guidance_scale:g} built in, which is not guided again; leave it out, or "
+                "sample its teacher"
+            )
+        if not is_euler(sampling.sampler):
+            raise ConfigError("this checkpoint is a student, whose steps are plain ones; use sampler=euler")
+        if not torch.equal(sampling.times(schedule), self.times):
+            raise ConfigError(
+                f"this checkpoint is a student of {steps} steps from pure noise at times of its own; leave "
+                "out num_steps, grid and strength, or sample its teacher"
+            )
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """One picture.
 
@@ -135,3 +170,8 @@ class Job:
     def kind(self) -> tuple[object, ...]:
         """What jobs of one batch have in common: which pictures they come with, and of what size."""
         return tuple(None if part is None else part.shape for part in (self.image, self.mask, self.before))
+
+
+def is_euler(sampler: Sampler) -> bool:
+    """Whether `sampler` takes the plain steps that a student is taught."""
+    return (sampler.func if isinstance(sampler, functools.partial) else sampler) is euler

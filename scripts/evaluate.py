@@ -64,8 +64,7 @@ from evaluation.measure import (
 from evaluation.memorization import OF
 from evaluation.picture_index import PictureIndex
 from evaluation.request import too_long
-from models.checkpoint import newest
-from models.loading import load_pipeline
+from models.loading import load_pipeline, newest_picturing
 from models.pipeline import Pipeline
 from models.registry import ConfigError, build
 from models.sampling import Job, Sampling
@@ -173,7 +172,7 @@ def open_checkpoint(path: Path, device: torch.device) -> Checkpoint:
     whole = path.absolute()
     one = whole.parent.name == "checkpoints"
     home = whole.parents[2] if one else whole if whole.is_dir() else whole.parent
-    last = newest(path / "diffusion" / "checkpoints") if path.is_dir() and not one else None
+    last = newest_picturing(path) if path.is_dir() and not one else None
     pipeline, config, sha256 = load_pipeline(path if last is None else last.folder, device)
     found = whole if one else None if last is None else last.folder
     images = None if found is None else int(found.name.rpartition("-")[2])

@@ -22,7 +22,7 @@ import torch
 from evaluation.request import Source
 from models.checkpoint import CheckpointError
 from models.checkpoint_folders import folders
-from models.loading import load_pipeline
+from models.loading import PICTURING, load_pipeline
 from models.pipeline import Pipeline
 from models.registry import ConfigError
 
@@ -55,7 +55,8 @@ class Place:
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return (path / "diffusion" / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+        pictures = any((path / stage / "checkpoints").is_dir() for stage in PICTURING)
+        return pictures or path.parent.name == "checkpoints"
     return path.suffix == ".safetensors"
 
 
@@ -175,8 +176,8 @@ class Shelf:
 def _stamp(path: Path) -> str:
     """What changes when there is a newer checkpoint."""
     if path.is_dir():
-        newest = [p for p in folders(path / "diffusion" / "checkpoints") if p.is_dir()][-1:]
-        return newest[0].name if newest else ""
+        found = ([p for p in folders(path / stage / "checkpoints") if p.is_dir()] for stage in PICTURING)
+        return next((f"{each[-1].parents[1].name}-{each[-1].name}" for each in found if each), "")
     try:
         return str(path.stat().st_mtime_ns)
     except OSError:

@@ -10,7 +10,7 @@ differs is refused. Used by `train.py`: `base = Base.open(Path("runs/landscapes"
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from models.checkpoint import Checkpoint, CheckpointError, fingerprint, save_che
 from models.loading import load_weights, read_model
 from models.stages.depends import flatten
 from models.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from models.stages.distillation import DistillationStage
 
 #: Parts of the configuration whose weights, or whose meaning of the weights, are taken over.
 TAKEN = ("autoencoder", "text_encoder", "backbone", "objective.schedule", "objective.parameterization")
@@ -77,12 +80,19 @@ class Base:
         Raises:
             CheckpointError: names or shapes differ, but for the layer that may grow.
         """
-        mine = {key: tensor for key, tensor in self.tensors.items() if not key.startswith("autoencoder.")}
+        others = ("autoencoder.", "decoder.")
+        mine = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(others)}
         wanted = stage.networks.state_dict()
         if GROWN in mine and GROWN in wanted:
             mine[GROWN] = grown(mine[GROWN], wanted[GROWN].shape)
+        # A student's small decoder is nobody's yet.
+        mine |= {key: tensor for key, tensor in wanted.items() if key.startswith("decoder.")}
         for networks in (stage.networks, *stage.ema.networks):
             load_weights(networks, mine, f"base={self.path}")
+
+    def teach(self, stage: "DistillationStage") -> None:
+        """Makes the base the teacher of `stage`; CheckpointError for a backbone of another shape."""
+        stage.load_teacher(dict(self.tensors), f"base={self.path}")
 
 
 def grown(weight: Tensor, shape: torch.Size) -> Tensor:

@@ -26,6 +26,11 @@ DEPENDS = {
         ),
         *("optimizer.diffusion", "plan.diffusion"),
     ),
+    "distillation": (
+        *("autoencoder", "text_encoder", "backbone", "objective.schedule", "objective.parameterization"),
+        *("distillation", "decoder", "grid", "sampling.num_steps", "data", "seed", "ema"),
+        *("optimizer.distillation", "plan.distillation"),
+    ),
 }
 #: Keys below those that may differ all the same.
 FREE = (

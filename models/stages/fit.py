@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
+from models.loading import PICTURING
 from models.stages.averages import PowerFunctionAverage
 from models.stages.callbacks import (
     Checkpointing,
@@ -38,8 +39,6 @@ from models.stages.snapshots import Snapshots
 from models.stages.stage import Stage, restore_networks, restore_optimizer
 from models.stages.strategies import make_trainer
 
-#: The stage whose checkpoints make pictures of prompts.
-EVALUATED = "diffusion"
 #: How often one command goes back to a checkpoint before it gives up.
 MAX_REWINDS = 5
 
@@ -115,7 +114,7 @@ def fit(work: Work, session: Session) -> None:
 
 def _evaluating(work: Work, session: Session, saver: Saver, metrics: Metrics) -> Evaluating | None:
     """What has checkpoints evaluated; None on other ranks and for stages that make no pictures of prompts."""
-    if session.evaluations is None or work.stage.name != EVALUATED or not session.ranks.first:
+    if session.evaluations is None or work.stage.name not in PICTURING or not session.ranks.first:
         return None
     return Evaluating(work.stage, saver.parent, session.evaluations, metrics, session.signals)
 

@@ -30,6 +30,7 @@ from scripts.benches.loader_arms import _extents
 from scripts.benches.loader_plain import Transform, batches, opened, samples
 from scripts.benches.measuring import Arm, Lap, Ratio, cpu, interleave, machine, peak_rss, rate, ratio, wall
 from scripts.benches.pictures import SIZE, write_pictures
+from scripts.benches.sampling import gap_interval
 
 PROJECT = Path(__file__).resolve().parents[2]
 KEYS = {
@@ -323,6 +324,7 @@ def test_sampling_is_measured_and_judged(
     run = make_run(tmp_path / "run", {**tiny_config, "resolution": 32})
     save_judge(AdherenceJudge(), tmp_path / "judge")
     words = ["--images", "2", "--rounds", "2", "--pictures", "4", "--seeds", "2", "--batch", "2"]
+    words += ["--starts", "0"]
     assert main(["sampling", "--checkpoint", str(run), *words, "--usual-scale", "2"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["speedup"] > 3  # 3 steps instead of 50
@@ -332,5 +334,36 @@ def test_sampling_is_measured_and_judged(
     assert len(found["by_seed"]["usual"]) == 2
     assert set(found["by_seed"]["usual"][0]) == {"time", "terrain", "light", "sky", "all", "distance"}
     assert (found["num_steps"], found["usual_steps"], found["usual_scale"]) == (3, 50, 2.0)
+    low, high = found["adherence_gap_interval"]
+    assert low <= found["adherence_gap"] <= high
+    assert found["one_picture_ms"]["ours"]["wall"] < found["one_picture_ms"]["usual"]["wall"]
+    assert (found["cold_start"], found["student_sha256"], found["wanted"]) == (None, None, {"speedup": 5.0})
     assert main(["sampling", "--checkpoint", str(tmp_path / "absent")]) == 4
     assert "there is no such run folder" in capsys.readouterr().err
+
+
+def test_a_student_takes_the_place_of_ours(
+    make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    run = make_run(tmp_path / "run", {**tiny_config, "resolution": 32})
+    few = {"sampler": {"name": "euler"}, "sampling": {"num_steps": 1, "guidance_scale": 1.0}}
+    student = {**tiny_config, **few, "resolution": 32, "student": {"guidance_scale": 2.0, "decoder": None}}
+    other = make_run(tmp_path / "student", student, seed=1)
+    save_judge(AdherenceJudge(), tmp_path / "judge")
+    words = ["--images", "2", "--rounds", "2", "--pictures", "4", "--seeds", "1", "--batch", "2"]
+    words += ["--starts", "0", "--checkpoint", str(run), "--student", str(other)]
+    assert main(["sampling", *words, "--usual-scale", "2"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["num_steps"], found["guidance_scale"], found["wanted"]) == (1, 1.0, {"speedup": 15.0})
+    assert found["student_sha256"] != found["checkpoint_sha256"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["sampling", *words, "--steps", "3"])
+    assert "a student of 1 steps" in capsys.readouterr().err
+
+
+def test_the_gap_is_resampled_by_prompts() -> None:
+    usual = [torch.tensor([True] * 90 + [False] * 10)] * 2
+    ours = [torch.tensor([True] * 80 + [False] * 20)] * 2
+    low, high = gap_interval(usual, ours)
+    assert 3 < low < 10 < high < 17
+    assert gap_interval(usual, usual) == (0.0, 0.0)

@@ -7,15 +7,20 @@ import pytest
 import torch
 
 from data.batch import Batch
+from models.diffusion.distillation import Distillation, Lesson
+from models.diffusion.grids import uniform_grid
+from models.diffusion.guidance import Guidance
 from models.loading import build_networks
 from models.registry import build
 from models.stages.autoencoder import AutoencoderStage
 from models.stages.compute import Compute
 from models.stages.diffusion import DiffusionStage
+from models.stages.distillation import DistillationStage
 from models.stages.losses import ReconstructionLoss
 from models.stages.optim import AdamW, OptimizerSettings
 from models.stages.plan import Plan
 from models.text_encoder import Tokenizer
+from models.tiny_decoder import TinyDecoder
 
 CAPTIONS = ["dawn over the sea", "noon", "hills at night", "snow", "a cloudy dusk", "desert", "", "the moon"]
 
@@ -54,7 +59,7 @@ def make_stage(compute: Compute, tiny_config: dict[str, Any]) -> Callable[..., A
         dropout: float = 0.1,
         optimizer: OptimizerSettings | None = None,
         **parts: dict[str, Any],
-    ) -> AutoencoderStage | DiffusionStage:
+    ) -> AutoencoderStage | DiffusionStage | DistillationStage:
         optimizer = AdamW(2e-3) if optimizer is None else optimizer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -63,6 +68,15 @@ def make_stage(compute: Compute, tiny_config: dict[str, Any]) -> Callable[..., A
         if name == "autoencoder":
             return AutoencoderStage(autoencoder, ReconstructionLoss(), optimizer, plan, compute, 0)
         objective = build("objective", tiny_config["objective"])
+        if name == "distillation":
+            segments = Distillation(2).segments(uniform_grid, objective, 2)
+            lesson = Lesson(objective, segments, Guidance(), 3.0)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                decoder = TinyDecoder(autoencoder.latent_channels, autoencoder.factor, 8, 1)
+            return DistillationStage(
+                autoencoder, text_encoder, backbone, decoder, lesson, optimizer, plan, compute, 0
+            )
         return DiffusionStage(
             autoencoder, text_encoder, backbone, objective, dropout, optimizer, plan, compute, 0
         )

@@ -40,7 +40,7 @@ def steps(stage: Any, optimizer: torch.optim.Optimizer, make_batch: MakeBatch, c
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "distillation"])
 def test_going_on_changes_no_bit(
     name: str, channels_last: bool, make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
@@ -53,7 +53,10 @@ def test_going_on_changes_no_bit(
     steps(first, optimizer, make_batch, 2)
 
     second = make_stage(name, seed=5)
-    if name == "diffusion":
+    if name == "distillation":
+        taught = first._teacher[0].state_dict()
+        second.load_teacher({f"backbone.{k}": v for k, v in taught.items()}, "test")
+    if name != "autoencoder":
         frozen = {f"autoencoder.{k}": v for k, v in first._autoencoder[0].state_dict().items()}
         second.load_autoencoder(frozen, "test")
     second.use(way)
