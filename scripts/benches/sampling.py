@@ -177,7 +177,7 @@ def usual(guidance_scale: float, seed: int) -> Sampling:
 
 @dataclass(frozen=True)
 class Judged:
-    """Adherence in [0, 1] by factor and in all, whether each picture shows all, bool `[N]`, and `distance`."""
+    """Shares in [0, 1] right by factor and in all, whether each picture is, bool `[N]`, and `distance`."""
 
     shares: dict[str, float]
     right: Tensor
