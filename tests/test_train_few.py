@@ -142,6 +142,7 @@ def test_an_exported_student_makes_the_same_pictures(few: Path) -> None:
         run("a dawn", guidance_scale=2.0)
 
 
+@pytest.mark.slow
 def test_a_stopped_student_goes_on_bit_for_bit(few: Path, command: Command, capsys: Any) -> None:
     other = few.parent.parent / "stopped"
     shutil.copytree(few.parent / "judge", other / "judge")
@@ -157,6 +158,7 @@ def test_a_stopped_student_goes_on_bit_for_bit(few: Path, command: Command, caps
         assert all(torch.equal(one[key], wanted[key]) for key in wanted), file
 
 
+@pytest.mark.slow
 def test_another_teacher_is_noticed(few: Path, drawing: Path, command: Command, capsys: Any) -> None:
     """The base was trained on since; its older checkpoint is still the teacher."""
     other = few.parent.parent / "later"
