@@ -69,6 +69,7 @@ from models.stages.effort import Effort
 from models.stages.encoding import is_frozen, text_identity
 from models.stages.estimate import dissect, layouts, show_autoencoder, show_estimate
 from models.stages.evaluations import evaluations_of
+from models.stages.heap import keep_heap
 from models.stages.launch import launch, run_command, stay_with_parent
 from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
@@ -206,6 +207,8 @@ class Run:
         self.data: ShardData = make("data", values["data"])
         self.rendered = None if self.data.is_given else make("rendered", values["rendered"])
         set_threads(self.trainer, ranks.local_size)
+        if device_of(self.trainer).type == "cpu":
+            keep_heap()
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
             torch.manual_seed(int(values["seed"]))
             self.networks = build_networks(values)

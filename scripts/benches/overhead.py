@@ -34,6 +34,7 @@ from models.registry import build
 from models.stages.compute import Compute, decide, seconds_a_call, set_threads
 from models.stages.diffusion import DiffusionStage
 from models.stages.fit import Work, fit
+from models.stages.heap import keep_heap
 from models.stages.keep import Keep
 from models.stages.logs import CsvLog
 from models.stages.optim import learning_rate_factor
@@ -67,6 +68,7 @@ def overhead(
     values = composed(backbone, threads)
     options = make("trainer", values["trainer"])
     set_threads(options)
+    keep_heap()
     images = batch * (steps * (rounds + 1) + 1)
     never = 2 * images  # no validation and no checkpoint between the steps
     plan = Plan(images, batch, validate_every_images=never, checkpoint_every_images=never)

@@ -53,12 +53,15 @@ def main(told: str) -> None:
     torch.set_num_threads(document["threads"])
     problem = Problem(**document["problem"])
     compute = Compute.read(document["compute"], "as told")
-    with torch.device("meta"):
-        unet = problem.unet()
-        if not document["ours"]:
+    if document["ours"]:
+        before = _peak(compute)
+        network: torch.nn.Module = problem.unet()
+    else:
+        with torch.device("meta"):
+            unet = problem.unet()
             Theirs(unet)  # which imports diffusers
-    before = _peak(compute)
-    network: torch.nn.Module = problem.unet() if document["ours"] else Theirs(unet)
+        before = _peak(compute)
+        network = Theirs(unet)
     steps = Steps(network, compute, [problem.batch(document["batch"], 0)])
     for _ in range(STEPS):
         steps.step()
