@@ -18,9 +18,11 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.shard_index import DataError, write_atomic
+from evaluation.adherence import JudgeError
 from models.checkpoint import CheckpointError
 from models.registry import ConfigError
 from scripts.benches.findings import Findings
+from scripts.benches.learning import learning
 from scripts.benches.loader import loader
 from scripts.benches.overhead import overhead
 from scripts.benches.quality import quality
@@ -32,6 +34,7 @@ from scripts.benches.step_peak import PeakError
 
 #: A benchmark is a function here: its arguments, all with defaults, are its options, described under Args.
 BENCHMARKS: dict[str, Callable[..., Findings]] = {
+    "learning": learning,
     "loader": loader,
     "overhead": overhead,
     "quality": quality,
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return CHECKPOINT
-    except DataError as error:
+    except (DataError, JudgeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return DATA
     except (PeakError, TrainingError) as error:

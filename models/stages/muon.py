@@ -2,9 +2,11 @@
 
 A step of it moves every direction of a matrix equally far, where Adam's moves the few that the gradient is
 made of (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, arXiv
-2502.16982). It is for the weights of linear layers and convolutions; embeddings, position maps, norms and
-biases are AdamW's. All of it is float32 and the same on every rank, so that ranks with whole models need not
-exchange anything.
+2502.16982). It is for what works on tokens and on positions: the linear layers of transformers, and
+convolutions. Embeddings, position maps, norms and biases are AdamW's, and so is what works on one vector a
+sample (noise level, pooled text, modulation): those matrices are the widest, and most of the work, where a
+batch gives them a gradient of few directions. All of it is float32 and the same on every rank, so that ranks
+with whole models need not exchange anything.
 """
 
 import math
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages.optim import AdamW, OptimizerSettings
 
@@ -24,7 +27,7 @@ _REPEATS = 5
 
 
 class Muon(OptimizerSettings):
-    """Muon for the weights of linear layers and convolutions, AdamW for all other parameters.
+    """Muon for the linear layers of transformers and for convolutions, AdamW for all other parameters.
 
     An update of a matrix has the root mean square `update_rms` times the learning rate, which is about that
     of AdamW's, so that one learning rate serves both (arXiv 2502.16982, eq. 4). Models that are spread over
@@ -54,25 +57,29 @@ class Muon(OptimizerSettings):
             raise ValueError(f"momentum is {momentum}, but must lie in [0, 1)")
         if not (math.isfinite(update_rms) and update_rms > 0):
             raise ValueError(f"update_rms is {update_rms}, but must be a positive number, such as 0.2")
-        self.others = AdamW(lr, beta1, beta2, weight_decay, eps)
+        AdamW(lr, beta1, beta2, weight_decay, eps)  # refuses what it cannot use
         self.lr = lr
         self.momentum = momentum
         self.update_rms = update_rms
+        self.betas = beta1, beta2
+        self.weight_decay = weight_decay
+        self.eps = eps
 
     def build(self, network: nn.Module) -> torch.optim.Optimizer:
         matrices = {
             id(module.weight): module.weight
             for module in network.modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.requires_grad
+            if isinstance(module, Linear | nn.Conv2d) and module.weight.requires_grad
         }
         if any(isinstance(weight, DTensor) for weight in matrices.values()):
             raise ConfigError(
                 "muon makes whole matrices orthogonal, and trainer.strategy spreads them over the ranks; use "
                 "trainer.strategy=ddp, or the optimizer adamw"
             )
-        others = self.others.of([p for p in network.parameters() if id(p) not in matrices])
+        others = AdamW(self.lr, *self.betas, self.weight_decay, self.eps)
+        rest = others.of([p for p in network.parameters() if id(p) not in matrices])
         return _MuonBesideAdamW(
-            list(matrices.values()), others, self.lr, self.momentum, self.others.weight_decay, self.update_rms
+            list(matrices.values()), rest, self.lr, self.momentum, self.weight_decay, self.update_rms
         )
 
 

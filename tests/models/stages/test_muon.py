@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from data.batch import Batch
 from models.checkpoint import Checkpoint, save_checkpoint
+from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages.compute import Compute
 from models.stages.muon import Muon, orthogonalised
@@ -68,10 +69,11 @@ class Network(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(7, 6)
         self.position = nn.Parameter(torch.ones(1, 3, 2, 2))
-        self.linear = nn.Linear(6, 4)
+        self.linear = Linear(6, 4)
+        self.of_vectors = nn.Linear(6, 4)
         self.conv = nn.Conv2d(3, 8, 3)
         self.norm = nn.GroupNorm(2, 8)
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.frozen = Linear(2, 2).requires_grad_(False)
 
 
 def with_gradients(seed: int = 0) -> Network:
@@ -104,7 +106,7 @@ def test_an_update_has_the_root_mean_square_that_is_told() -> None:
 
 
 def test_steps_by_hand() -> None:
-    network = nn.Linear(6, 4, bias=False)
+    network = Linear(6, 4, bias=False)
     weight, mean = network.weight.detach().clone(), torch.zeros(4, 6)
     optimizer = Muon(lr=0.1, momentum=0.8, weight_decay=0.5).build(network)
     for seed in range(3):
@@ -184,7 +186,7 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 def test_models_that_are_spread_are_refused() -> None:
-    network = nn.ModuleDict({"linear": nn.Linear(4, 4)})
+    network = nn.ModuleDict({"linear": Linear(4, 4)})
     Sharding(1, 1, torch.device("cpu")).spread(network.children())
     with pytest.raises(ConfigError, match=r"trainer\.strategy=ddp"):
         Muon().build(network)
