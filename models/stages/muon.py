@@ -88,7 +88,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[Tensor],
         others: torch.optim.Optimizer,
         lr: float,
         momentum: float,
@@ -128,9 +128,9 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         return gradient.lerp(mean, self.momentum).flatten(1)
 
 
-def _of_one_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+def _of_one_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     """The parameters in lists of equal shape, which one product of matrices serves."""
-    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    by_shape: dict[torch.Size, list[Tensor]] = {}
     for parameter in parameters:
         by_shape.setdefault(parameter.shape, []).append(parameter)
     return list(by_shape.values())
