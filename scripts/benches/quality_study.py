@@ -20,7 +20,7 @@ RATES = (1.0, 0.5, 2.0)
 SCALES = (3.0, 2.0, 4.5)
 #: The budget of a training in the sweep, and our horizons, as shares of the recipe's budget.
 SWEEP_SHARE = 1 / 4
-HORIZONS = (1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 2, 1.0)
+HORIZONS = (1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
 SWEEP_SEED = 1_000
 
 
