@@ -125,7 +125,7 @@ def test_hours_and_dollars_by_hand() -> None:
     assert device_hours(100e6 * 2.474e12) == pytest.approx(221.3, abs=0.1)
     told = in_hours(100e6 * 2.474e12, 100_000_000, 64)
     assert "221.3 hours of an H200" in told
-    assert "3.5 hours on 64; $663.90 at $3 an hour" in told
+    assert "3.5 hours on 64; $663.88 at $3 an hour" in told
     assert " on 1" not in in_hours(1e15, 10, 1)
 
 
