@@ -61,9 +61,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ("experiment", "devices", "said"),
     [
         ("landscapes_128", 8, ["8.6 M parameters trained", "32 images a step, 4 at a time"]),
-        ("landscapes_256", 64, ["1.0 M parameters;", "73.3 M parameters trained", "128 images a step"]),
+        pytest.param(
+            *("landscapes_256", 64, ["1.0 M parameters;", "73.3 M parameters trained", "128 images a step"]),
+            marks=pytest.mark.slow,
+        ),
         # 866 M of the UNet and 202 M of the text encoder, and the autoencoder of 83.65 M.
-        ("sd2_256", 64, ["1,067.7 M parameters trained, 83.7 M frozen", "83.7 M parameters; 2,684.7 GFLOP"]),
+        pytest.param(
+            *("sd2_256", 64, ["1,067.7 M parameters trained", "83.7 M parameters; 2,684.7 GFLOP"]),
+            marks=pytest.mark.slow,
+        ),
         ("sd2_512", 64, ["1,067.7 M parameters trained, 83.7 M frozen", "2,048 images a step, 32 at a time"]),
     ],
 )
