@@ -86,7 +86,9 @@ def open_judges(
         scorer = "judge" if train.is_landscapes else "tower"
     landscapes = find_judge(judge or folder / "judge") if "judge" in (features, scorer) else None
     network = _network(features, features_file, landscapes)
-    described = {"features": network.name, "features_sha256": network.sha256, "resize": network.resize}
+    described: dict[str, Any] = {
+        "features": network.name, "features_sha256": network.sha256, "resize": network.resize
+    }  # fmt: skip
     if scorer == "none":
         return Judges(network, None, None, described)
     if landscapes is not None and scorer == "judge":
@@ -94,10 +96,9 @@ def open_judges(
         return Judges(network, AdherenceScorer(landscapes), None, described)
     if scorer == "classifier":
         classifier = find_classifier(folder / f"classifier-{train.sha256[:8]}", train)
+        card = classifier.card
         described |= {"scorer": "classifier", "scorer_sha256": classifier.sha256}
-        described |= {
-            "scorer_classes": len(classifier.card.classes), "scorer_held_out": classifier.card.held_out
-        }  # fmt: skip
+        described |= {"scorer_classes": len(card.classes), "scorer_held_out": card.held_out}
         return Judges(network, ClassifierScorer(classifier, train.asks), None, described)
     tower = _tower(model, scorer_file, folder, train)
     described |= {"scorer": tower.name, "scorer_sha256": tower.sha256}

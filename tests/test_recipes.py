@@ -116,7 +116,7 @@ def test_landscapes_at_128_px_end_to_end(place: Path, command: Command) -> None:
 
 @pytest.mark.slow
 def test_from_256_to_512_px_by_the_commands_of_the_recipe(place: Path, command: Command) -> None:
-    write_landscapes(place / "captioned", 24, 96, 1, 24, 0)
+    write_landscapes(place / "captioned", 24, 128, 1, 24, 0)
     smaller = (*SMALL_SD, "data.resolution=64", "data.val_fraction=0.2")
     larger = (*SMALL_SD, "data.resolution=128", "data.val_fraction=0.2")
     first = [*smaller, "experiment=sd2_256", "data.precomputed=small"]
