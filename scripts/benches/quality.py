@@ -1,14 +1,14 @@
 """How much sooner our training makes pictures of a fixed quality than diffusers' recipe does.
 
 Both arms learn on the latents of one finished autoencoder, from the same shards, with as many parameters
-(`quality_arms.py`), a process each. First both get the same sweep: three learning rates, a short training
-each, of which the best by adherence and then distance is taken, and three guidance scales, on prompts of
-their own (the recipe's scale at the end of its whole budget, ours at the end of the sweep's training). Then
-the recipe is trained for the whole budget, with several seeds: the median of what it reaches
-at its end is the target, fixed before ours is measured. Ours is trained for shorter and shorter horizons with
-the seed of the sweep, until it misses the target; the shortest that reached it is that of the reported
-seeds. A seed that misses it is trained anew for the next longer one, and both trainings count. Reached is the
-target at the first point whose adherence and distance are both as good.
+(`quality_arms.py`), a process each. First both get the same sweep of three learning rates, a short training
+each, of which the best by adherence and then distance is taken. Then the recipe is trained for the whole
+budget, with several seeds, and sampled with the best of three guidance scales by the same order: the median
+of what it reaches at its end is the target, fixed before ours is measured. Ours is trained for shorter and
+shorter horizons with the seed of the sweep, until it misses the target; the shortest that reached it is that
+of the reported seeds. A seed that misses it is trained anew for the next longer one, and both trainings
+count. Reached is the target at the first point whose adherence and distance are both as good, with the one
+of the same scales that is nearest to it. Rates and scales are chosen on prompts of their own.
 
 An arm's spread over seeds is the error: `aa` is by how much the recipe's own seeds differ in the time to the
 target. Everything lies in a folder: a measurement that was stopped goes on with the same command, and its
@@ -37,7 +37,9 @@ from scripts.benches.quality_train import ClockKind
 
 WANTED = {"time": 4.0, "images": 2.0}
 ERRORS = {"time": "aa", "images": "aa"}
-HEADINGS = ("", "seed", "budget %", "images", "CPU s", "wall s", "loss", "adherence %", "distance", "target")
+HEADINGS = (
+    "", "seed", "budget %", "images", "CPU s", "wall s", "loss", "scale", "adherence %", "distance", "target",
+)  # fmt: skip
 
 
 class Part(StrEnum):
@@ -216,6 +218,6 @@ def _row(tried: Tried) -> Sequence[str]:
     point, score = tried.point, tried.score
     return (
         tried.arm, str(tried.seed), f"{100 * tried.horizon:.1f}", cell(point.images), cell(point.cpu),
-        cell(point.wall), cell(point.loss, ".4f"), cell(100 * score.adherence, ".1f"),
+        cell(point.wall), cell(point.loss, ".4f"), f"{tried.scale:g}", cell(100 * score.adherence, ".1f"),
         cell(score.distance, ".2f"), "reached" if tried.reached else "short",
     )  # fmt: skip

@@ -5,6 +5,7 @@ Judged are adherence (all four factors right, in [0, 1]) and the Frechet distanc
 other held-out renders.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class Score:
     def reaches(self, target: "Score") -> bool:
         """Whether both are as good as the target's."""
         return self.adherence >= target.adherence and self.distance <= target.distance
+
+    def shortfall(self, target: "Score") -> float:
+        """The factor by which the worse of both figures falls short of the target; up to 1 it is reached."""
+        wanting = target.adherence / self.adherence if self.adherence else math.inf
+        return max(wanting if target.adherence else 0.0, self.distance / target.distance)
 
     @property
     def rank(self) -> tuple[float, float]:

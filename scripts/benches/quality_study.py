@@ -51,7 +51,7 @@ class Choice:
 class Tried:
     """The first point of a training at the target, or its end where it never was there (`reached` is false).
 
-    `horizon` is the share of the recipe's budget that the training was made for.
+    `horizon` is the share of the recipe's budget that the training was made for, `scale` that of guidance.
     """
 
     arm: str
@@ -59,6 +59,7 @@ class Tried:
     horizon: float
     point: Point
     score: Score
+    scale: float
     reached: bool
 
     def document(self) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class Tried:
             "arm": self.arm,
             "seed": self.seed,
             "horizon": round(self.horizon, 5),
+            "scale": self.scale,
             "reached": self.reached,
         }
         return {**told, **asdict(self.point), **self.score.document()}
@@ -175,10 +177,19 @@ class Study:
         """The first point at the target of a training of `arm` for the share `horizon` of the budget."""
         trained = self.trained(arm, chosen.rate, seed, horizon)
         for number, point in enumerate(trained.points):
-            score = self.score(trained, number, chosen.scale, PROMPTS)
+            scale = self.nearest(trained, number, target)
+            score = self.score(trained, number, scale, PROMPTS)
             if score.reaches(target):
-                return Tried(arm.name, seed, horizon, point, score, True)
-        return Tried(arm.name, seed, horizon, point, score, False)
+                return Tried(arm.name, seed, horizon, point, score, scale, True)
+        return Tried(arm.name, seed, horizon, point, score, scale, False)
+
+    def nearest(self, trained: Trained, point: int, target: Score) -> float:
+        """The guidance scale that brings a training nearest to the target at a point, on the tuning prompts.
+
+        More guidance buys adherence with distance, the more so the better the text is heard: no one scale
+        serves a target of both from the first point to the last.
+        """
+        return min(SCALES, key=lambda scale: self.score(trained, point, scale, TUNING).shortfall(target))
 
     def held(self, arm: Arm, chosen: Choice, seed: int, target: Score) -> Tried:
         """The point from which on a training for the whole budget stays at the target.
@@ -187,14 +198,13 @@ class Study:
         """
         trained = self.trained(arm, chosen.rate, seed, 1.0)
         last = len(trained.points) - 1
-        found = Tried(
-            arm.name, seed, 1.0, trained.points[last], self.score(trained, last, chosen.scale, PROMPTS), False
-        )
+        score, scale = self.score(trained, last, chosen.scale, PROMPTS), chosen.scale
+        found = Tried(arm.name, seed, 1.0, trained.points[last], score, scale, False)
         for number in range(last, -1, -1):
-            score = self.score(trained, number, chosen.scale, PROMPTS)
+            score = self.score(trained, number, scale, PROMPTS)
             if not score.reaches(target):
                 break
-            found = Tried(arm.name, seed, 1.0, trained.points[number], score, True)
+            found = Tried(arm.name, seed, 1.0, trained.points[number], score, scale, True)
         return found
 
     def horizon(self, arm: Arm, chosen: Choice, target: Score) -> float:

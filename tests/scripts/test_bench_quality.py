@@ -125,6 +125,10 @@ def test_both_figures_have_to_reach_the_target() -> None:
     assert Score(0.5, 20.0).reaches(TARGET)
     assert not Score(0.9, 20.1).reaches(TARGET)
     assert not Score(0.49, 5.0).reaches(TARGET)
+    assert Score(0.25, 10.0).shortfall(TARGET) == 2.0
+    assert Score(0.9, 30.0).shortfall(TARGET) == 1.5
+    assert Score(0.0, 1.0).shortfall(TARGET) == math.inf
+    assert Score(0.0, 1.0).shortfall(Score(0.0, 2.0)) == 0.5
     assert Score(0.501, 20.0).rank > Score(0.499, 25.0).rank
 
 
@@ -139,7 +143,7 @@ def test_the_shortest_horizon_at_the_target_is_found(
 ) -> None:
     def first(self: Study, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         reached = horizon >= needed
-        return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, reached)
+        return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, 3.0, reached)
 
     monkeypatch.setattr(Study, "first", first)
     study = make_study(tmp_path)
