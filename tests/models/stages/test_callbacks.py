@@ -241,10 +241,13 @@ class Counted(Loaders):
         yield self.batches[-1]
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate": 2}, {"reduce": Reduce.tree, "micro_batch": 2}], ids=["one", "two", "tree"]
-)
+    ("stage", "options"),
+    [
+        ("autoencoder", {}), ("diffusion", {}), ("diffusion", {"accumulate": 2}),
+        ("diffusion", {"reduce": Reduce.tree, "micro_batch": 2}),
+    ],
+)  # fmt: skip
 def test_between_lines_of_metrics_nobody_waits_for_the_device(
     stage: str, options: dict[str, Any], make_stage: MakeStage, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
