@@ -102,7 +102,7 @@ def test_the_larger_run_takes_the_networks_of_the_smaller_one() -> None:
 
 @pytest.mark.slow
 def test_landscapes_at_128_px_end_to_end(place: Path, command: Command) -> None:
-    small = ("autoencoder.channels=[8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]")
+    small = ("autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]")
     sizes = ("backbone.norm_groups=4", "backbone.head_dim=16", "rendered.images=24", "rendered.held_out=4")
     assert command("train", "experiment=landscapes_128", *SMALL, *small, *sizes) == 0
     run = place / "runs" / "landscapes_128"
