@@ -56,7 +56,8 @@ clean:  ## remove .venv and the caches; runs/ and shards/ stay
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that cannot be used (half made, moved, of another Python) is made again; a good one is kept.
-# uv is several times as fast as pip, but reads none of pip's configuration: where it fails, pip has its turn.
+# uv is several times as fast as pip, but reads none of pip's configuration: where it fails, pip has its turn. Byte-code is
+# compiled once here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, every command would spend seconds on it.
 .venv/.installed: requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "there is no '$(PYTHON)' here. $(NEEDED)"; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1). $(NEEDED)"; exit 1; }
@@ -65,7 +66,7 @@ clean:  ## remove .venv and the caches; runs/ and shards/ stay
 	@.venv/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@echo "installing the packages of requirements.lock into .venv (5.4 GB, a few minutes the first time)"
 	@{ .venv/bin/python -m pip install uv \
-		&& .venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements.lock \
+		&& .venv/bin/uv pip install --compile-bytecode --python .venv/bin/python --require-hashes -r requirements.lock \
 		|| { echo "without uv:"; .venv/bin/python -m pip install --require-hashes -r requirements.lock; }; \
 	} </dev/null >$(LOG) 2>&1 || { tail -n 5 $(LOG); echo "the packages could not be installed; all of it is in $(LOG)"; exit 1; }
 	@touch $@
