@@ -118,7 +118,7 @@ def test_every_default_is_the_constructors(turn: int) -> None:
         ("backbone.channels=wide", "backbone.channels"),
         ("backbone.scale_shift=maybe", "backbone.scale_shift: Value 'maybe' is not a valid bool"),
         ("trainer.precision=fp16", "Invalid value 'fp16', expected one of [auto, fp32, bf16, fp8]"),
-        ("stages=[autoencodr]", "Invalid value 'autoencodr', expected one of [autoencoder, diffusion]"),
+        ("stages=[autoencodr]", "expected one of [autoencoder, diffusion, distillation]"),
         ("trainer.threads=-1", "trainer: threads is -1"),
         ("plan.diffusion.batch_size=0", "plan.diffusion: batch_size is 0, but must be at least 1"),
         ("reconstruction.kl_weight=nan", "reconstruction: kl_weight is nan"),
