@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import register
+from conf.schema import plain, register
 from data.index import DataError
 from data.loader import WorkerError
 from evaluation.adherence import JudgeError
@@ -171,6 +172,13 @@ def _refuse_targets(words: list[str]) -> None:
     for word in words:
         if "_target_" in word.split("=", 1)[0]:
             raise ConfigError(f"{word}: _target_ is not accepted; parts are chosen by name, as backbone=tiny")
+
+
+def composed(name: str, *words: str) -> dict[str, Any]:
+    """What the command `name` would be given with the overrides `words`, as plain values."""
+    register()
+    with hydra.initialize_config_dir(str(FOLDER), version_base="1.3"):
+        return plain(hydra.compose(name, list(words)))
 
 
 def _choices(group: str) -> list[str]:

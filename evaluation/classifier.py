@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.asks import Ask
-from evaluation.features import check_pictures
+from evaluation.features import check_pictures, sized
 from evaluation.kept import data_sha256, keep, packed, read_kept
 from evaluation.prompts import Prompt
 from evaluation.scorers import Scorer
@@ -130,7 +130,7 @@ class Classifier:
 
     def _answer(self, pictures: Tensor) -> Tensor:
         """Class numbers `[B]`, by the picture and its mirror image together."""
-        images = _sized(pictures)
+        images = sized(pictures, RESOLUTION)
         return (self.network(images).softmax(1) + self.network(images.flip(3)).softmax(1)).argmax(1)
 
 
@@ -186,7 +186,7 @@ def _fit(
     rng: torch.Generator,
     progress: Callable[[int], None] | None,
 ) -> None:
-    images = torch.cat([_sized(part) for part in pictures.split(_BATCH)])
+    images = torch.cat([sized(part, RESOLUTION) for part in pictures.split(_BATCH)])
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
     network.train()
@@ -220,14 +220,6 @@ def _disturbed(images: Tensor, rng: torch.Generator) -> Tensor:
     shift = 0.05 * torch.randn(B, 3, 1, 1, generator=rng)
     amount = 0.1 * torch.rand(B, 1, 1, 1, generator=rng)
     return images * gain + shift + amount * torch.randn(images.shape, generator=rng)
-
-
-def _sized(pictures: Tensor) -> Tensor:
-    """Images float32 `[B 3 64 64]` in [-1, 1]."""
-    images = pictures.float() / 127.5 - 1
-    if images.shape[-2:] == (RESOLUTION, RESOLUTION):
-        return images
-    return F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

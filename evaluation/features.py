@@ -95,6 +95,14 @@ def check_pictures(pictures: Tensor) -> None:
         raise ValueError(f"pictures are {pictures.dtype} {tuple(pictures.shape)}; give uint8 [N 3 H W]")
 
 
+def sized(pictures: Tensor, side: int) -> Tensor:
+    """Pictures uint8 `[N 3 H W]` as images float32 `[N 3 side side]` in [-1, 1]."""
+    images = pictures.float() / 127.5 - 1
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 def judge_features(judge: AdherenceJudge) -> FeatureNetwork:
     """The 128 features from which the landscapes `judge` reads the four factors."""
     judge.eval()

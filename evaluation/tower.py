@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.features import check_pictures
+from evaluation.features import check_pictures, sized
 from evaluation.kept import data_sha256, keep, packed, read_kept
 from evaluation.retrieval import TextImageTower, retrieve
 from models.portions import Portions, one_thread
@@ -101,7 +101,7 @@ class SmallTower(TextImageTower):
         check_pictures(pictures)
         if not len(pictures):
             return torch.empty(0, DIM)
-        return self.portions(_ROWS, lambda part: self.networks.pictures(_sized(part)), pictures)
+        return self.portions(_ROWS, lambda part: self.networks.pictures(sized(part, RESOLUTION)), pictures)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         if not texts:
@@ -162,7 +162,7 @@ def _fit(
     rng: torch.Generator,
     progress: Callable[[int], None] | None,
 ) -> None:
-    images = torch.cat([_sized(part) for part in pictures.split(_BATCH)])
+    images = torch.cat([sized(part, RESOLUTION) for part in pictures.split(_BATCH)])
     images = F.pad(images, (_SHIFT,) * 4, mode="replicate")
     ids = word_ids(captions)
     same = torch.tensor([*map({text: k for k, text in enumerate(captions)}.__getitem__, captions)])
@@ -196,14 +196,6 @@ def _moved(padded: Tensor, rng: torch.Generator) -> Tensor:
     down, across = torch.randint(0, 2 * _SHIFT + 1, (2,), generator=rng).tolist()
     gain = 1 + 0.1 * torch.randn(len(padded), 3, 1, 1, generator=rng)
     return padded[:, :, down : down + RESOLUTION, across : across + RESOLUTION] * gain
-
-
-def _sized(pictures: Tensor) -> Tensor:
-    """Images float32 `[B 3 64 64]` in [-1, 1]."""
-    images = pictures.float() / 127.5 - 1
-    if images.shape[-2:] == (RESOLUTION, RESOLUTION):
-        return images
-    return F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)
 
 
 def save_tower(tower: SmallTower, folder: Path) -> None:

@@ -73,8 +73,7 @@ def load_pipeline(path: Path, device: torch.device) -> tuple[Pipeline, dict[str,
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be built: {error}") from None
     for name, network in zip(("autoencoder", "text_encoder", "backbone"), networks, strict=True):
-        mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        load_weights(network, mine, f"{path}: {name}")
+        load_part(network, name, tensors, f"{path}: {name}")
         ready(network, device)
     student = None
     if STUDENT_KEY in config:
@@ -108,8 +107,7 @@ def read_student(
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its student cannot be built: {error}") from None
     if decoder is not None:
-        mine = {k.removeprefix("decoder."): v for k, v in tensors.items() if k.startswith("decoder.")}
-        load_weights(decoder, mine, f"{path}: decoder")
+        load_part(decoder, "decoder", tensors, f"{path}: decoder")
         ready(decoder, device)
     return Student(scale, times, decoder)
 
@@ -178,6 +176,12 @@ def build_networks(config: dict[str, Any]) -> tuple[Autoencoder, TextEncoder, UN
         conditioning_dim=text_encoder.dim,
     )
     return autoencoder, text_encoder, backbone
+
+
+def load_part(network: torch.nn.Module, name: str, tensors: Mapping[str, Tensor], label: str) -> None:
+    """Puts those of `tensors` that are called `name.` and more into `network`, as `load_weights` does."""
+    mine = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    load_weights(network, mine, label)
 
 
 def load_weights(network: torch.nn.Module, tensors: dict[str, Tensor], label: str) -> None:

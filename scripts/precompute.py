@@ -36,7 +36,7 @@ from data.provenance import Preprocessing, Provenance, code_version
 from data.writer import write_shard
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, newest
-from models.loading import build_networks, load_pipeline, load_weights
+from models.loading import build_networks, load_part, load_pipeline
 from models.registry import ConfigError, build
 from models.stages.base import is_handed_over
 from models.stages.encoding import (
@@ -227,8 +227,7 @@ def load_networks(
             "its moments would be of no use; finish it: python train.py resume=true stages=[autoencoder]"
         )
     autoencoder: Autoencoder = build("autoencoder", config["autoencoder"])
-    mine = {key.removeprefix("autoencoder."): value for key, value in checkpoint.tensors("ema").items()}
-    load_weights(autoencoder, mine, str(checkpoint.folder))
+    load_part(autoencoder, "autoencoder", checkpoint.tensors("ema"), str(checkpoint.folder))
     place(autoencoder, device)
     if not with_text:
         return autoencoder, None, config

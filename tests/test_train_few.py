@@ -19,22 +19,16 @@ from models.registry import ConfigError
 from models.stages import preflight
 from models.stages.compute import Compute
 from scripts.export import main as export
+from tests.tiny_networks import NETWORKS
 
 Command = Callable[..., int]
-PARTS = (
-    "data.resolution=32", "data.workers=0", "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4",
-    "backbone.channels=[16,16]", "backbone.norm_groups=4", "backbone.head_dim=16",
-    "backbone.transformer_depth=[0,1]", "text_encoder.width=16", "text_encoder.layers=1",
-    "text_encoder.heads=2", "text_encoder.context_length=12", "trainer.precision=fp32",
-    "trainer.compile=off", "trainer.threads=1", "plan.autoencoder.batch_size=4",
-    "plan.diffusion.batch_size=8", "rendered.images=16", "rendered.held_out=4",
-)  # fmt: skip
+PARTS = (*NETWORKS, "rendered.images=16", "rendered.held_out=4")
 DRAWING = (*PARTS, "name=drawing", "plan.autoencoder.images=8", "plan.diffusion.images=16")
 FEW = (
     *PARTS, "experiment=landscapes_few", "name=few", "base=runs/drawing", "plan.distillation.images=32",
     "plan.distillation.batch_size=8", "plan.distillation.checkpoint_every_images=16",
     "plan.distillation.validate_every_images=16", "plan.distillation.warmup_images=0",
-    "distillation.teacher_steps=2", "decoder.width=8", "decoder.blocks=1",
+    "sampling.num_steps=2", "distillation.teacher_steps=2", "decoder.width=8", "decoder.blocks=1",
 )  # fmt: skip
 FIXED = Compute(torch.device("cpu"), False, True, False, "fixed by a test")
 

@@ -16,7 +16,7 @@ from models.autoencoder import Autoencoder
 from models.conditioning import Conditioning
 from models.diffusion.draws import Draws, Purpose
 from models.diffusion.objective import Backbone, Objective
-from models.loading import load_weights
+from models.loading import load_part
 from models.pipeline import Pipeline
 from models.stages.averages import Averaging
 from models.stages.compute import Compute
@@ -108,8 +108,7 @@ class DiffusionStage(LightningModule):
 
     def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
         """Takes the weights of a finished autoencoder; CheckpointError if they are of another shape."""
-        mine = {key.removeprefix("autoencoder."): tensor for key, tensor in tensors.items()}
-        load_weights(self._autoencoder[0], mine, label)
+        load_part(self._autoencoder[0], "autoencoder", tensors, label)
 
     def training_step(self, batch: Batch, step: int) -> None:
         """Leaves the step to the guard."""

@@ -17,7 +17,7 @@ from models.conditioning import Conditioning
 from models.diffusion.distillation import Lesson
 from models.diffusion.draws import Draws, Purpose
 from models.diffusion.objective import Backbone
-from models.loading import load_weights
+from models.loading import load_part
 from models.pipeline import Pipeline
 from models.sampling import Student
 from models.stages.averages import Averaging
@@ -108,13 +108,11 @@ class DistillationStage(LightningModule):
 
     def load_autoencoder(self, tensors: dict[str, Tensor], label: str) -> None:
         """Takes the weights of a finished autoencoder; CheckpointError if they are of another shape."""
-        mine = {key.removeprefix("autoencoder."): tensor for key, tensor in tensors.items()}
-        load_weights(self._autoencoder[0], mine, label)
+        load_part(self._autoencoder[0], "autoencoder", tensors, label)
 
     def load_teacher(self, tensors: dict[str, Tensor], label: str) -> None:
         """Takes the weights of the teacher's backbone; CheckpointError if they are of another shape."""
-        mine = {k.removeprefix("backbone."): t for k, t in tensors.items() if k.startswith("backbone.")}
-        load_weights(self._teacher[0], mine, label)
+        load_part(self._teacher[0], "backbone", tensors, label)
 
     def training_step(self, batch: Batch, step: int) -> None:
         """Leaves the step to the guard."""

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from conf.cli import FOLDER
-from conf.schema import make, plain, register
+from conf.cli import composed
+from conf.schema import make
 from data.batch import Batch
 from data.datamodule import ShardData
+from data.json_lines import read_json_lines
 from data.progress import Progress
 from data.shard_index import write_atomic
 from data.shards import ShardDataset
@@ -36,8 +36,8 @@ from evaluation.adherence import AdherenceJudge, load_judge, score
 from evaluation.metrics import frechet_distance
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, fingerprint, newest
-from models.loading import build_networks, load_weights, read_sampling
-from models.registry import ConfigError, build
+from models.loading import build_networks, load_part, read_sampling
+from models.registry import ConfigError
 from models.sampling import Job
 from models.stages.compute import Compute, decide, seconds_a_call, set_threads
 from models.stages.diffusion import DiffusionStage
@@ -45,7 +45,7 @@ from models.stages.encoding import encode_images
 from models.text_encoder import TextEncoder
 from scripts.benches.findings import Findings, cell
 from scripts.benches.measuring import machine
-from scripts.benches.overhead import Bare
+from scripts.benches.overhead import Bare, make_stage
 
 #: Pictures of which the moments are made at once.
 ENCODED = 64
@@ -83,18 +83,18 @@ def learning(
         raise ValueError("images, seeds, pictures and threads must be at least 1")
     asked = read_arms(Path(arms))
     common = [f"trainer.threads={threads}", f"plan.diffusion.images={images}"]
-    composed = {
-        (name, seed): compose_values([*common, *words, f"seed={seed}"])
+    values = {
+        (name, seed): composed("train", *common, *words, f"seed={seed}")
         for name, words in asked.items()
         for seed in range(seeds)
     }
-    first = next(iter(composed.values()))
+    first = next(iter(values.values()))
     set_threads(make("trainer", first["trainer"]))
     bench = Bench.open(Path(run), Path(folder), first, images, pictures)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
     for seed in range(seeds):
         for name in asked:
-            results[name].append(bench.result(name, composed[name, seed]))
+            results[name].append(bench.result(name, values[name, seed]))
     return _findings(results, {"images": images, "seeds": seeds, "pictures": pictures, **machine()})
 
 
@@ -111,13 +111,6 @@ def read_arms(path: Path) -> dict[str, list[str]]:
 
 def _is_arm(words: object) -> bool:
     return isinstance(words, list) and all(isinstance(word, str) for word in words)
-
-
-def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration that `train.py` would compose, as plain values."""
-    register()
-    with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        return plain(compose("train", list(overrides)))
 
 
 @dataclass(frozen=True)
@@ -164,8 +157,7 @@ class Bench:
             data = replace(data, shards=str(shards))
         train, val = data.open(seed=0)
         tensors, (autoencoder, text_encoder, _) = checkpoint.tensors("ema"), build_networks(values)
-        mine = {key.removeprefix("autoencoder."): tensor for key, tensor in tensors.items()}
-        load_weights(autoencoder.eval(), mine, str(run))
+        load_part(autoencoder.eval(), "autoencoder", tensors, str(run))
         count, held_out = min(images, len(train)), [val[k] for k in range(min(pictures, len(val)))]
         told = f"{fingerprint(tensors)} {train.fingerprint()} {val.fingerprint()} {count} {len(held_out)}"
         identity = hashlib.sha256(told.encode()).hexdigest()
@@ -188,18 +180,17 @@ class Bench:
         """The figures of an arm with the configuration `values`, kept or measured now."""
         told = {key: values[key] for key in DECIDES} | {"bench": self.identity}
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        lines = self.results.read_text().splitlines() if self.results.exists() else []
-        known = {entry["key"]: entry["figures"] for entry in map(json.loads, lines)}
+        lines = read_json_lines(self.results)
+        known: dict[str, dict[str, float]] = {entry["key"]: entry["figures"] for entry in lines}
         if key not in known:
             known[key] = self.measure(name, values)
-            line = {"arm": name, "seed": values["seed"], "figures": known[key], "key": key}
-            with self.results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        return dict(known[key])
+            lines.append({"arm": name, "seed": values["seed"], "figures": known[key], "key": key})
+            write_atomic(self.results, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return known[key]
 
     def measure(self, name: str, values: dict[str, Any]) -> dict[str, float]:
         """Trains an arm to its horizon, and makes pictures."""
-        stage = make_stage(values)
+        stage = make_stage(values, make("plan/diffusion", values["plan"]["diffusion"]), int(values["seed"]))
         stage.load_autoencoder(self.autoencoder, "the autoencoder")
         plan, seed = stage.plan, int(values["seed"])
         rows = order(len(self.moments), plan.steps * plan.batch_size, seed).split(plan.batch_size)
@@ -244,23 +235,6 @@ class Bench:
             "fd": frechet_distance(self.judge.embed(pictures), self.real),
             "val_loss": float(loss),
         }
-
-
-def make_stage(values: dict[str, Any]) -> DiffusionStage:
-    """A fresh diffusion stage as `values` describe it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(values["seed"]))
-        networks = build_networks(values)
-    return DiffusionStage(
-        *networks,
-        build("objective", values["objective"]),
-        float(values["conditioning_dropout"]),
-        make("optimizer/diffusion", values["optimizer"]["diffusion"]),
-        make("plan/diffusion", values["plan"]["diffusion"]),
-        Compute(torch.device("cpu"), False, False, False, ""),
-        int(values["seed"]),
-        make("ema", values["ema"]),
-    )
 
 
 def order(pictures: int, images: int, seed: int) -> Tensor:

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from conf.cli import FOLDER
-from conf.schema import make, plain, register
+from conf.cli import composed
+from conf.schema import make
 from data.batch import Batch
 from data.datamodule import DataModule
 from data.progress import Progress
@@ -65,7 +64,7 @@ def overhead(
     check_rounds(rounds)
     if min(batch, steps, threads) < 1:
         raise ValueError("batch, steps and threads must be at least 1")
-    values = composed(backbone, threads)
+    values = composed("train", f"backbone={backbone}", f"trainer.threads={threads}")
     options = make("trainer", values["trainer"])
     set_threads(options)
     keep_heap()
@@ -87,17 +86,10 @@ def overhead(
     })  # fmt: skip
 
 
-def composed(backbone: str, threads: int) -> dict[str, Any]:
-    """The configuration that `train.py` would compose, as plain values."""
-    register()
-    with initialize_config_dir(str(FOLDER), version_base="1.3"):
-        return plain(compose("train", [f"backbone={backbone}", f"trainer.threads={threads}"]))
-
-
-def make_stage(values: dict[str, Any], plan: Plan) -> DiffusionStage:
-    """A fresh diffusion stage; its weights are drawn from a seed of its own."""
+def make_stage(values: dict[str, Any], plan: Plan, seed: int = 0) -> DiffusionStage:
+    """A fresh diffusion stage as `values` describe it, but for `plan` and the `seed` of all that is drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         networks = build_networks(values)
     return DiffusionStage(
         *networks,
@@ -106,7 +98,8 @@ def make_stage(values: dict[str, Any], plan: Plan) -> DiffusionStage:
         make("optimizer/diffusion", values["optimizer"]["diffusion"]),
         plan,
         Compute(torch.device("cpu"), False, False, False, ""),
-        seed=0,
+        seed,
+        make("ema", values["ema"]),
     )
 
 

@@ -5,21 +5,20 @@ latents of one finished autoencoder and leave their averaged weights in the form
 one evaluation serves them all.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from conf.cli import FOLDER
-from conf.schema import make, plain, register
+from conf.cli import composed
+from conf.schema import make
 from data.batch import Batch
 from models.checkpoint import CheckpointError, newest
-from models.loading import build_networks, load_weights
-from models.registry import build
+from models.loading import build_networks, load_part
 from models.stages.compute import Compute
 from models.stages.plan import Plan
 from scripts.benches.recipe import Recipe
@@ -62,21 +61,17 @@ class Arm:
         name: what tables, folders and JSON call it.
         overrides: of what `train.py` composes by default.
         learner: builds it.
-        lr: the learning rate of `values` that rates are factors of.
         by_images: whether its schedules need the horizon in images, known before; else it can stop any time.
     """
 
     name: str
     overrides: tuple[str, ...]
     learner: Callable[[Setting], Learner]
-    lr: Callable[[Mapping[str, Any]], float]
     by_images: bool
 
     def values(self, demo: Mapping[str, Any]) -> dict[str, Any]:
         """The composed configuration, with the autoencoder and the resolution of the configuration `demo`."""
-        register()
-        with initialize_config_dir(str(FOLDER), version_base="1.3"):
-            values = plain(compose("train", ["experiment=landscapes", *self.overrides]))
+        values = composed("train", "experiment=landscapes", *self.overrides)
         values["autoencoder"] = demo["autoencoder"]
         values["data"]["resolution"] = demo["resolution"]
         return values
@@ -106,25 +101,13 @@ class Ours:
 
     def __init__(self, setting: Setting) -> None:
         # Imported here because lightning takes seconds, which the other arms need not wait for.
-        from models.stages.diffusion import DiffusionStage
-        from scripts.benches.overhead import Bare
+        from scripts.benches.overhead import Bare, make_stage
 
-        values, compute = setting.values, setting.compute
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(setting.seed)
-            networks = build_networks(values)
-        optimizer = make("optimizer/diffusion", values["optimizer"]["diffusion"])
-        optimizer.lr *= setting.lr
-        self.stage = DiffusionStage(
-            *networks,
-            build("objective", values["objective"]),
-            float(values["conditioning_dropout"]),
-            optimizer,
-            scaled(make("plan/diffusion", values["plan"]["diffusion"]), setting.images),
-            compute,
-            setting.seed,
-            make("ema", values["ema"]),
-        )
+        values = copy.deepcopy(setting.values)
+        values["optimizer"]["diffusion"]["lr"] *= setting.lr
+        plan = scaled(make("plan/diffusion", values["plan"]["diffusion"]), setting.images)
+        self.stage = make_stage(values, plan, setting.seed)
+        self.stage.use(setting.compute)
         self.stage.load_autoencoder(dict(setting.autoencoder), "the autoencoder")
         self.loop = Bare(self.stage)
 
@@ -164,20 +147,11 @@ def recipe(setting: Setting) -> Recipe:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         autoencoder, text_encoder, _ = build_networks(setting.values)
-    tensors = {key.removeprefix("autoencoder."): tensor for key, tensor in setting.autoencoder.items()}
-    load_weights(autoencoder, tensors, "the autoencoder")
+    load_part(autoencoder, "autoencoder", setting.autoencoder, "the autoencoder")
     return Recipe(
         setting.values["backbone"], autoencoder, text_encoder, RECIPE_LR * setting.lr, setting.seed,
         setting.compute,
     )  # fmt: skip
-
-
-def _our_lr(values: Mapping[str, Any]) -> float:
-    return float(values["optimizer"]["diffusion"]["lr"])
-
-
-def _recipe_lr(values: Mapping[str, Any]) -> float:
-    return RECIPE_LR
 
 
 #: The UNet of the recipe: as wide and deep as ours of the landscapes, on latents instead of patches of them.
@@ -187,11 +161,9 @@ _THEIRS = (
     "backbone.transformer_depth=[1,0]",
     "text_encoder.mask_padding=false",
 )
-OURS = Arm("ours", (), Ours, _our_lr, True)
-RECIPE = Arm("recipe", _THEIRS, recipe, _recipe_lr, False)
+OURS = Arm("ours", (), Ours, True)
+RECIPE = Arm("recipe", _THEIRS, recipe, False)
 #: How much of the difference the patches are.
-PATCHED = Arm("recipe in patches", (*_THEIRS, "backbone.patch_size=2"), recipe, _recipe_lr, False)
-UNPATCHED = Arm(
-    "ours without patches", ("backbone=plain", "backbone.transformer_depth=[1,0]"), Ours, _our_lr, True
-)
+PATCHED = Arm("recipe in patches", (*_THEIRS, "backbone.patch_size=2"), recipe, False)
+UNPATCHED = Arm("ours without patches", ("backbone=plain", "backbone.transformer_depth=[1,0]"), Ours, True)
 ARMS = {arm.name: arm for arm in (OURS, RECIPE, PATCHED, UNPATCHED)}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conf.cli import composed
 from data.progress import Progress
 from models.kernels import kernels
 from models.stages.compute import Compute, TrainerOptions, decide, device_of, set_threads
@@ -42,7 +43,6 @@ from scripts.benches.measuring import (
     ratio,
     wall,
 )
-from scripts.benches.overhead import composed
 from scripts.benches.step_arms import Batch, Problem, Steps, Theirs, parity
 from scripts.benches.step_peak import peak
 
@@ -93,7 +93,7 @@ def step(
         raise ValueError(
             "size and batches must not be negative, size a multiple of 8, and threads at least 1"
         )
-    values = composed(backbone, threads)
+    values = composed("train", f"backbone={backbone}", f"trainer.threads={threads}")
     options = TrainerOptions(threads=0 if torch.cuda.is_available() else threads)
     set_threads(options)
     problem = make_problem(values, backbone, 0)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from conf.cli import composed
 from evaluation.adherence import AdherenceJudge, save_judge
 from models.registry import ConfigError
 from scripts.bench import main
 from scripts.benches import learning
-from scripts.benches.learning import DECIDES, compose_values, difference, order, read_arms
+from scripts.benches.learning import DECIDES, difference, order, read_arms
 
 #: A run of a second: networks of a few thousand weights, 16 pictures.
 TINY = [
@@ -25,7 +26,7 @@ TINY = [
 def test_the_arms_that_come_along_compose() -> None:
     arms = read_arms(Path(learning.__file__).with_suffix(".yaml"))
     assert len(arms) > 1
-    told = [json.dumps({key: compose_values(words)[key] for key in DECIDES}) for words in arms.values()]
+    told = [json.dumps({key: composed("train", *words)[key] for key in DECIDES}) for words in arms.values()]
     assert len(set(told)) == len(arms)
 
 
@@ -56,7 +57,7 @@ def test_arms_are_trained_once_and_compared(
     make_run: Callable[..., Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    values = compose_values(TINY)
+    values = composed("train", *TINY)
     make_run(tmp_path / "run", {**values, "resolution": 32})
     save_judge(AdherenceJudge(), tmp_path / "judge")
     data = [*TINY, "rendered.images=24", "rendered.held_out=8"]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from conf.cli import composed
 from models.stages.compute import Compute
 from models.unet import UNet
 from scripts import bench
 from scripts.benches import step as step_module
 from scripts.benches.findings import Findings
 from scripts.benches.measuring import Ratio
-from scripts.benches.overhead import composed
 from scripts.benches.step import OURS, THEIRS, best_way, ceilings, make_problem, narrow, would_measure
 from scripts.benches.step_arms import Batch, NotEqualError, Problem, Steps, Theirs, loss, parity
 from scripts.benches.step_peak import peak
@@ -122,7 +122,7 @@ def test_memory_is_that_of_a_fresh_process() -> None:
 
 
 def test_what_a_gpu_would_measure() -> None:
-    problem = make_problem(composed("sd2", 1), "sd2", 64)
+    problem = make_problem(composed("train", "backbone=sd2"), "sd2", 64)
     assert (problem.width, problem.length) == (1024, 77)
     line = would_measure("sd2", problem, 0)
     assert "sd2 (866 M) at 512 px" in line
