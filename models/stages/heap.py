@@ -1,7 +1,7 @@
 """Freed memory stays the process's own, where the system would take it back and give it again page by page.
 
 A step on a CPU frees at its end what the next one asks for at once. glibc hands large pieces back each time,
-and every page of them comes again as an interruption that fills it with zeros: 5 % of a step.
+and every page of them comes again as an interruption that fills it with zeros: some hundredths of a step.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ _NEVER = 2**31 - 1
 def keep_heap() -> bool:
     """Tells the allocator to keep what is freed from now on; False where it is none of glibc.
 
-    The peak stays what it was. Memory that one part of a run freed is there for the next, but not for other
-    processes until the run ends.
+    The peak rises by about a hundredth. Memory that one part of a run freed is there for the next, but not
+    for other processes until the run ends.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -32,7 +32,7 @@ from models.registry import ConfigError
 from scripts.benches.findings import Findings, cell
 from scripts.benches.measuring import Ratio, machine
 from scripts.benches.quality_arms import OURS, PATCHED, RECIPE, UNPATCHED, finished_autoencoder
-from scripts.benches.quality_study import Settings, Study, Tried
+from scripts.benches.quality_measurement import Measurement, Settings, Tried
 from scripts.benches.quality_train import ClockKind
 
 WANTED = {"time": 4.0, "images": 2.0}
@@ -87,8 +87,8 @@ def quality(
     torch.set_num_threads(threads)
     settings = Settings(minutes, points, pictures, steps=10, clock=clock, threads=threads,
                         demo=str(demo), shards=str(shards))  # fmt: skip
-    study = Study(folder, settings)
-    report = Report(study, seeds)
+    measurement = Measurement(folder, settings)
+    report = Report(measurement, seeds)
     if part is not Part.recipe:
         report.add_ours()
     if part is Part.extra:
@@ -100,17 +100,17 @@ class Report:
     """The table and the ratios: the recipe's trainings and the target at first, to which more is added.
 
     Args:
-        study: that trains and examines.
+        measurement: that trains and examines.
         seeds: of each arm.
     """
 
-    def __init__(self, study: Study, seeds: int) -> None:
-        self.study, self.seeds = study, range(seeds)
-        chosen = study.choice(RECIPE, 1.0)
+    def __init__(self, measurement: Measurement, seeds: int) -> None:
+        self.measurement, self.seeds = measurement, range(seeds)
+        chosen = measurement.choice(RECIPE, 1.0)
         self.chosen = {RECIPE.name: chosen}
-        self.target = study.target(chosen, self.seeds)
-        self.ends = [study.trained(RECIPE, chosen.rate, k, 1.0) for k in self.seeds]
-        self.held = [study.held(RECIPE, chosen, seed, self.target) for seed in self.seeds]
+        self.target = measurement.target(chosen, self.seeds)
+        self.ends = [measurement.trained(RECIPE, chosen.rate, k, 1.0) for k in self.seeds]
+        self.held = [measurement.held(RECIPE, chosen, seed, self.target) for seed in self.seeds]
         self.tried = list(self.held)
         self.parameters = {RECIPE.name: self.ends[0].parameters}
         self.ratios: dict[str, Ratio] = {}
@@ -119,12 +119,12 @@ class Report:
 
     def add_ours(self) -> None:
         """Adds our trainings, and the ratios."""
-        study, clock = self.study, self.study.settings.clock
-        chosen = self.chosen[OURS.name] = study.choice(OURS)
-        horizon = study.horizon(OURS, chosen, self.target)
-        climbs = [study.climb(OURS, chosen, seed, horizon, self.target) for seed in self.seeds]
+        measurement, clock = self.measurement, self.measurement.settings.clock
+        chosen = self.chosen[OURS.name] = measurement.choice(OURS)
+        horizon = measurement.horizon(OURS, chosen, self.target)
+        climbs = [measurement.climb(OURS, chosen, seed, horizon, self.target) for seed in self.seeds]
         self.tried += [tried for climb in climbs for tried in climb]
-        trained = study.trained(OURS, chosen.rate, 0, horizon)
+        trained = measurement.trained(OURS, chosen.rate, 0, horizon)
         self.parameters[OURS.name] = trained.parameters
         ends = [each.points[-1] for each in self.ends]
         by_clock = {
@@ -158,14 +158,14 @@ class Report:
 
     def add_extra(self) -> None:
         """Adds one seed of each arm with the other's patches: how much of the gain they are."""
-        study = self.study
+        measurement = self.measurement
         chosen, ours = self.chosen[RECIPE.name], self.chosen[OURS.name]
-        self.tried.append(study.first(PATCHED, chosen, 0, 1.0, self.target))
-        self.tried += study.climb(UNPATCHED, ours, 0, self.figures["horizon"], self.target)
+        self.tried.append(measurement.first(PATCHED, chosen, 0, 1.0, self.target))
+        self.tried += measurement.climb(UNPATCHED, ours, 0, self.figures["horizon"], self.target)
 
     def findings(self) -> Findings:
         """All of it."""
-        target, settings = self.target, self.study.settings
+        target, settings = self.target, self.measurement.settings
         rows = [HEADINGS, *map(_row, self.tried)]
         counts = ", ".join(f"{name} {count:,}" for name, count in self.parameters.items())
         notes = [
@@ -183,7 +183,7 @@ class Report:
             "trainings": [each.document() for each in self.tried],
             "chosen": {name: asdict(each) for name, each in self.chosen.items()},
             "computes": {
-                arm.name: self.study.probed(arm).described
+                arm.name: self.measurement.probed(arm).described
                 for arm in (RECIPE, OURS)
                 if arm.name in self.chosen
             },

@@ -1,7 +1,7 @@
 """One training of `bench.py quality`, in a process and on a clock of its own.
 
 `python -m scripts.benches.quality_train '{"folder": ...}'` trains what the document describes and leaves in
-that folder the averaged weights at evenly spaced points, as exported models, and `trial.json` with the images
+that folder the averaged weights at evenly spaced points, as exported models, and `training.json` with images
 and seconds of each. The clock starts with the process, so that imports and data count; what is not on it is
 the writing of weights, and the probe of how to compute, which is made once for each arm (`Probe`).
 """
@@ -34,7 +34,7 @@ from models.stages.compute import Compute, decide, device_of, seconds_a_call
 from scripts.benches.quality_arms import ARMS, Arm, Setting, finished_autoencoder
 
 PROJECT = Path(__file__).resolve().parents[2]
-RESULT = "trial.json"
+RESULT = "training.json"
 #: Images of a step by which ways to compute are compared: a way that has no hardware can take minutes.
 PROBE_IMAGES = 8
 #: A way of which one step takes so many times the fastest is not timed again.
@@ -91,7 +91,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Training:
     """What is to be trained, as plain values.
 
     Args:
@@ -132,7 +132,7 @@ class Trial:
 class Point:
     """A point of a training at which its averaged weights were kept in `file`.
 
-    `loss` is the mean since the point before, `start` the seconds of the trial's clock before the first step.
+    `loss` is the mean since the point before, `start` the seconds on its clock before the first step.
     """
 
     file: str
@@ -165,7 +165,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Probe:
-    """How an arm computes fastest here, and what start and step take on the study's clock, in seconds."""
+    """How an arm computes fastest here, and what start and step take, in seconds on the clock that counts."""
 
     compute: dict[str, Any]
     described: str
@@ -174,21 +174,21 @@ class Probe:
     batch: int
 
 
-def train(trial: Trial, folder: Path) -> Trained:
+def train(training: Training, folder: Path) -> Trained:
     """Trains in a fresh process, unless `folder` holds the result already.
 
     Raises:
         TrainingError: the process ended with an error.
     """
     if not (folder / RESULT).exists():
-        _run({"folder": str(folder), "trial": asdict(trial)}, trial.threads)
+        _run({"folder": str(folder), "training": asdict(training)}, training.threads)
     return Trained.read(folder)
 
 
-def probe(trial: Trial, file: Path) -> Probe:
-    """What a fresh process finds of the arm of `trial`, unless `file` holds it already; errors as `train`."""
+def probe(training: Training, file: Path) -> Probe:
+    """What a fresh process finds of the arm of `training`, unless `file` holds it; errors as `train`."""
     if not file.exists():
-        _run({"probe": str(file), "trial": asdict(trial)}, trial.threads)
+        _run({"probe": str(file), "training": asdict(training)}, training.threads)
     return Probe(**json.loads(file.read_text()))
 
 
@@ -205,20 +205,22 @@ def _run(told: dict[str, Any], threads: int) -> None:
     )
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise TrainingError(f"{told['trial']['arm']}: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise TrainingError(
+            f"{told['training']['arm']}: {said[-1] if said else f'exit code {done.returncode}'}"
+        )
 
 
 class Session:
-    """The process: data, learner and clock of one trial."""
+    """The process: data, learner and clock of one training."""
 
-    def __init__(self, trial: Trial, began: float) -> None:
-        self.trial, self.watch = trial, Stopwatch(began)
-        torch.set_num_threads(trial.threads)
-        self.arm: Arm = ARMS[trial.arm]
-        self.autoencoder, demo = finished_autoencoder(Path(trial.demo))
+    def __init__(self, training: Training, began: float) -> None:
+        self.training, self.watch = training, Stopwatch(began)
+        torch.set_num_threads(training.threads)
+        self.arm: Arm = ARMS[training.arm]
+        self.autoencoder, demo = finished_autoencoder(Path(training.demo))
         self.values = self.arm.values(demo)
-        options: ShardData = make("data", {**self.values["data"], "shards": trial.shards, "workers": 0})
-        train, val = options.open(trial.seed)
+        options: ShardData = make("data", {**self.values["data"], "shards": training.shards, "workers": 0})
+        train, val = options.open(training.seed)
         tokenizer = build("text_encoder", self.values["text_encoder"]).tokenizer
         batch = make("plan/diffusion", self.values["plan"]["diffusion"]).batch_size
         self.data = DataModule(train, val, tokenizer, batch, 0)
@@ -226,24 +228,28 @@ class Session:
 
     def setting(self, compute: Compute) -> Setting:
         """What a learner is built of."""
-        trial = self.trial
-        return Setting(self.values, self.autoencoder, trial.lr, trial.seed, trial.images or ENDLESS, compute)
+        training = self.training
+        return Setting(
+            self.values, self.autoencoder, training.lr, training.seed, training.images or ENDLESS, compute
+        )
 
     def train(self, folder: Path) -> None:
         """Trains, and writes everything to `folder`; the result comes last."""
-        trial, watch = self.trial, self.watch
-        learner = self.arm.learner(self.setting(Compute.read(trial.compute, "as probed")))
+        training, watch = self.training, self.watch
+        learner = self.arm.learner(self.setting(Compute.read(training.compute, "as probed")))
         folder.mkdir(parents=True, exist_ok=True)
-        start, points = watch.read().on(trial.clock), list[Point]()
+        start, points = watch.read().on(training.clock), list[Point]()
         losses: list[float] = []
-        with Progress(f"{trial.arm}, rate x{trial.lr:g}, seed {trial.seed}, % done", 100) as progress:
-            for batch in self.data.train_loader(0, trial.images or ENDLESS):
+        with Progress(
+            f"{training.arm}, rate x{training.lr:g}, seed {training.seed}, % done", 100
+        ) as progress:
+            for batch in self.data.train_loader(0, training.images or ENDLESS):
                 losses.append(learner.step(batch))
                 spent = watch.read()
-                done = trial.done(spent, learner.images_seen)
+                done = training.done(spent, learner.images_seen)
                 with watch.pause():
                     progress.update(min(100, int(100 * done)), losses[-1])
-                    if done >= (len(points) + 1) / trial.points:
+                    if done >= (len(points) + 1) / training.points:
                         file = f"point-{len(points) + 1:02d}.safetensors"
                         self._keep(folder / file, learner.averaged())
                         loss = sum(losses) / len(losses)
@@ -252,7 +258,11 @@ class Session:
                 if done >= 1:
                     break
         parameters = sum(each.numel() for each in learner.averaged().values())
-        document = {"trial": asdict(trial), "parameters": parameters, "points": [asdict(p) for p in points]}
+        document = {
+            "training": asdict(training),
+            "parameters": parameters,
+            "points": [asdict(p) for p in points],
+        }
         write_atomic(folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
 
     def _keep(self, path: Path, averaged: dict[str, Tensor]) -> None:
@@ -263,7 +273,7 @@ class Session:
 
     def probe(self, file: Path) -> None:
         """Finds the fastest way to compute, times it, and writes both to `file`."""
-        options = make("trainer", {**self.values["trainer"], "threads": self.trial.threads})
+        options = make("trainer", {**self.values["trainer"], "threads": self.training.threads})
         batch = self.data.probe(self.data.batch_size)
         plain = Compute(device_of(options), False, False, False, "")
         few = self.data.probe(min(PROBE_IMAGES, self.data.batch_size))
@@ -276,7 +286,7 @@ class Session:
             if number == TIMED_STEPS:
                 before = self.watch.read()
             learner.step(batch)
-        after, clock = self.watch.read(), self.trial.clock
+        after, clock = self.watch.read(), self.training.clock
         step = (after.on(clock) - before.on(clock)) / TIMED_STEPS
         found = Probe(way.document(), str(way), start.on(clock), step, len(batch))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -299,9 +309,9 @@ class Session:
 def main(told: str) -> None:
     """Does what `told` describes."""
     document = json.loads(told)
-    given = document["trial"]
-    trial = replace(Trial(**given), clock=ClockKind(given["clock"]))
-    session = Session(trial, document["began"])
+    given = document["training"]
+    training = replace(Training(**given), clock=ClockKind(given["clock"]))
+    session = Session(training, document["began"])
     if "probe" in document:
         session.probe(Path(document["probe"]))
     else:

@@ -20,8 +20,8 @@ from scripts import bench
 from scripts.benches.quality import quality, spread
 from scripts.benches.quality_arms import ARMS, OURS, PATCHED, RECIPE, UNPATCHED, scaled
 from scripts.benches.quality_exam import Score
-from scripts.benches.quality_study import HORIZONS, Choice, Settings, Study, Tried
-from scripts.benches.quality_train import ClockKind, Point, Spent, Stopwatch, Trial
+from scripts.benches.quality_measurement import HORIZONS, Choice, Measurement, Settings, Tried
+from scripts.benches.quality_train import ClockKind, Point, Spent, Stopwatch, Training
 from scripts.benches.recipe import Recipe
 
 pytest.importorskip("diffusers", reason="diffusers is what ours is compared with")
@@ -132,24 +132,26 @@ def test_both_figures_have_to_reach_the_target() -> None:
     assert Score(0.501, 20.0).rank > Score(0.499, 25.0).rank
 
 
-def make_study(folder: Path, **changed: Any) -> Study:
+def make_study(folder: Path, **changed: Any) -> Measurement:
     given: dict[str, Any] = {"minutes": 1.0, "points": 1, "pictures": 4, "steps": 2, "clock": ClockKind.cpu}
-    return Study(folder, Settings(**given | {"threads": 1, "demo": "demo", "shards": "shards"} | changed))
+    return Measurement(
+        folder, Settings(**given | {"threads": 1, "demo": "demo", "shards": "shards"} | changed)
+    )
 
 
 @pytest.mark.parametrize("needed", [1 / 100, 1 / 32, 1 / 8, 1 / 7, 0.9, 2.0])
 def test_the_shortest_horizon_at_the_target_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: float
 ) -> None:
-    def first(self: Study, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
+    def first(self: Measurement, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         reached = horizon >= needed
         return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, 3.0, reached)
 
-    monkeypatch.setattr(Study, "first", first)
-    study = make_study(tmp_path)
-    found = study.horizon(OURS, CHOICE, TARGET)
+    monkeypatch.setattr(Measurement, "first", first)
+    measurement = make_study(tmp_path)
+    found = measurement.horizon(OURS, CHOICE, TARGET)
     assert found == next((share for share in HORIZONS if share >= needed), HORIZONS[-1])
-    climb = study.climb(OURS, CHOICE, 0, HORIZONS[0], TARGET)
+    climb = measurement.climb(OURS, CHOICE, 0, HORIZONS[0], TARGET)
     assert [tried.horizon for tried in climb] == list(HORIZONS[: HORIZONS.index(found) + 1])
     assert climb[-1].reached == (needed <= 1)
 
@@ -172,12 +174,12 @@ def test_pauses_are_not_counted() -> None:
     assert after.cpu < before.cpu + 0.05
 
 
-def test_a_trial_ends_by_seconds_or_by_images() -> None:
+def test_a_training_ends_by_seconds_or_by_images() -> None:
     given: dict[str, Any] = {"arm": "ours", "demo": "", "shards": "", "lr": 1.0, "seed": 0, "points": 1}
     given |= {"threads": 1, "compute": {}, "clock": ClockKind.cpu}
     spent = Spent(wall=50.0, cpu=5.0)
-    assert Trial(**given, seconds=10.0, images=0).done(spent, 10**9) == 0.5
-    assert Trial(**given, seconds=0.0, images=400).done(spent, 100) == 0.25
+    assert Training(**given, seconds=10.0, images=0).done(spent, 10**9) == 0.5
+    assert Training(**given, seconds=0.0, images=400).done(spent, 100) == 0.25
 
 
 def test_a_plan_keeps_its_shares() -> None:
@@ -213,7 +215,7 @@ def test_a_small_measurement_from_end_to_end(
 ) -> None:  # fmt: skip
     from evaluation.adherence import AdherenceJudge
 
-    monkeypatch.setattr("scripts.benches.quality_study.find_judge", lambda folder: judge)
+    monkeypatch.setattr("scripts.benches.quality_measurement.find_judge", lambda folder: judge)
     judge = AdherenceJudge().eval()
     demo = make_run(tmp_path / "demo", {**tiny_config, "resolution": 16})
     for split, seed in (("train", 0), ("val", 1)):

@@ -12,10 +12,10 @@ from data.shard_index import write_atomic
 from evaluation.report import find_judge
 from scripts.benches.quality_arms import RECIPE, Arm, finished_autoencoder
 from scripts.benches.quality_exam import PROMPTS, TUNING, Exam, Score, real_features
-from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Trial, probe, train
+from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Training, probe, train
 
 #: Factors on each arm's learning rate, and guidance scales, that the sweep tries; the first scale is that of
-#: the rates' trial.
+#: the rates' training.
 RATES = (1.0, 0.5, 2.0)
 SCALES = (3.0, 2.0, 4.5)
 #: The budget of a training in the sweep, and our horizons, as shares of the recipe's budget.
@@ -74,7 +74,7 @@ class Tried:
         return {**told, **asdict(self.point), **self.score.document()}
 
 
-class Study:
+class Measurement:
     """A measurement in a folder.
 
     Args:
@@ -109,7 +109,7 @@ class Study:
 
     def probed(self, arm: Arm) -> Probe:
         """How `arm` computes here, and how fast."""
-        return probe(self._trial(arm, 1.0, 0, 1.0, 0, {}), self.folder / arm.name / "probe.json")
+        return probe(self._training(arm, 1.0, 0, 1.0, 0, {}), self.folder / arm.name / "probe.json")
 
     def trained(self, arm: Arm, rate: float, seed: int, share: float) -> Trained:
         """A training of `arm` for `share` of the budget, made now unless it was."""
@@ -119,11 +119,11 @@ class Study:
         if arm.by_images:  # as many as the seconds are expected to hold
             steps = max(points, round((seconds - found.start) / found.step))
             seconds, images = 0.0, found.batch * steps
-        trial = self._trial(arm, rate, seed, seconds, images, found.compute, points)
+        training = self._training(arm, rate, seed, seconds, images, found.compute, points)
         name = f"rate-{rate:g}-seed-{seed}-share-{share:.4f}"
-        return train(trial, self.folder / arm.name / name)
+        return train(training, self.folder / arm.name / name)
 
-    def _trial(
+    def _training(
         self,
         arm: Arm,
         rate: float,
@@ -132,9 +132,9 @@ class Study:
         images: int,
         compute: dict[str, Any],
         points: int = 1,
-    ) -> Trial:
+    ) -> Training:
         settings = self.settings
-        return Trial(
+        return Training(
             arm.name, str(Path(settings.demo).absolute()), str(Path(settings.shards).absolute()), rate, seed,
             seconds, images, points, settings.clock, settings.threads, compute,
         )  # fmt: skip
