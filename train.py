@@ -50,7 +50,7 @@ from models.loading import (
 )
 from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
-from models.sampling import Job, is_euler
+from models.sampling import Job
 from models.stages.agreement import require_same_config
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.cluster import Launcher, adopt_step
@@ -71,6 +71,7 @@ from models.stages.estimate import dissect, layouts, show_autoencoder, show_esti
 from models.stages.evaluations import evaluations_of
 from models.stages.heap import keep_heap
 from models.stages.launch import launch, run_command, stay_with_parent
+from models.stages.lessons import check_student, plan_lesson
 from models.stages.lock import run_lock
 from models.stages.preflight import Cost, preflight, require_disk, show
 from models.stages.ranks import Ranks
@@ -235,8 +236,13 @@ class Run:
         self.sampling = read_sampling(values)
         self.sampling.times(self.objective.schedule)  # refused now rather than after the training
         self.distils = StageName.distillation in self.names
+        if self.distils and len(self.names) > 1:
+            raise ConfigError(
+                "stages: distillation is a run of its own, which learns from base=RUN; give "
+                "stages=[distillation]"
+            )
         if self.distils:
-            self.check_student()
+            check_student(self.networks[2], self.sampling, self.objective, self.distillation, self.shards)
         self.config = {key: values[key] for key in MODEL_KEYS if key in values}
         self.config |= {"resolution": self.data.resolution, "run": values}
         #: What the student is to learn, once its teacher is known.
@@ -261,50 +267,6 @@ class Run:
         """Prints a line, once for all ranks."""
         if self.ranks.first:
             print(text, flush=True)
-
-    def check_student(self) -> None:
-        """Refuses to distil what cannot be, before anything is built.
-
-        Raises:
-            ConfigError: naming the options.
-        """
-        sampling = self.sampling
-        if len(self.names) > 1:
-            raise ConfigError(
-                "stages: distillation is a run of its own, which learns from base=RUN; give "
-                "stages=[distillation]"
-            )
-        if self.networks[2].image_conditioning:
-            raise ConfigError(
-                "stage distillation cannot teach to edit; set backbone.image_conditioning=false"
-            )
-        if sampling.guidance_scale != 1 or not is_euler(sampling.sampler):
-            raise ConfigError(
-                f"sampling.guidance_scale is {sampling.guidance_scale:g}, but a student takes plain steps "
-                "with its guidance built in; set sampling.guidance_scale=1 and sampler=euler, and what is "
-                "built in with distillation.guidance_scale"
-            )
-        if self.shards > 1:
-            raise ConfigError("stage distillation has a whole model on each rank; use trainer.strategy=ddp")
-        try:
-            self.distillation.segments(sampling.grid, self.objective, sampling.num_steps)
-        except ValueError as error:
-            raise ConfigError(f"distillation: {error}") from None
-
-    def plan_lesson(self, base: Base) -> Lesson:
-        """What the student is to learn from `base`, which its checkpoints then say.
-
-        Raises:
-            CheckpointError: the base is a student itself.
-        """
-        if STUDENT_KEY in base.config:
-            raise CheckpointError(f"base={base.path} is a student itself; give the run that it learnt from")
-        teacher, scale = read_sampling(base.config), self.distillation.guidance_scale
-        scale = teacher.guidance_scale if scale is None else scale
-        sampling = self.sampling
-        segments = self.distillation.segments(sampling.grid, self.objective, sampling.num_steps)
-        self.config[STUDENT_KEY] = {"guidance_scale": scale, "decoder": self.values["decoder"]}
-        return Lesson(self.objective, segments, teacher.guidance, scale)
 
     def open_data(self) -> None:
         """Opens the shards, rendering them first where the run has none of its own.
@@ -389,7 +351,9 @@ class Run:
         stages: list[Stage] = []
         base = self.open_base()
         if base is not None and self.distils:
-            self.lesson = self.plan_lesson(base)
+            self.lesson = plan_lesson(base, self.sampling, self.objective, self.distillation)
+            scale, decoder = self.lesson.guidance_scale, self.values["decoder"]
+            self.config[STUDENT_KEY] = {"guidance_scale": scale, "decoder": decoder}
         self.open_moments()
         for name in self.names:
             checkpoint = self.newest(name)
