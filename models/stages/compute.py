@@ -1,8 +1,7 @@
 """Where and in which precision a run computes, and why.
 
 On a GPU that is bfloat16 autocast, channels-last and `torch.compile`; on a CPU that multiplies bfloat16
-(AMX, AVX512-BF16) it is bfloat16 in the layout that is faster there; elsewhere a probe times a training step
-each way.
+(AMX, AVX512-BF16) it is bfloat16 in the layout that is faster there, elsewhere float32 and channels-last.
 Weights, optimizer and loss stay float32 everywhere.
 """
 
@@ -28,8 +27,8 @@ from models.registry import ConfigError
 from models.stages.faults import NotFinite
 from models.winograd import Conv2d
 
-#: Whether channels-last is faster, by what multiplies bfloat16; the figures are in docs/decisions/0002.
-_CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False}
+#: Whether channels-last is faster, by what multiplies bfloat16; None where nothing does. docs/decisions/0002.
+_CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False, None: True}
 #: Of the first GPUs that multiply 8 bits.
 FP8_CAPABILITY = (8, 9)
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
@@ -263,10 +262,10 @@ def decide(
     """The way to compute the training steps of a stage on this machine, and seconds a step.
 
     On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
-    the layout its kernels like, so that two runs of a seed compute alike; on another CPU the ways are timed.
-    Norms, gates and 3x3 convolutions go through kernels compiled for the machine where it can compile them.
-    Compiling is tried as well where the run is long enough to earn back the minutes it takes, and kept where
-    it is faster.
+    the layout its kernels like, on another one float32 and channels-last. The clock has no say in that, so
+    that two runs of a seed compute alike. Norms, gates and 3x3 convolutions go through kernels compiled for
+    the machine where it can compile them. Compiling the networks is tried where the run is long enough to
+    earn back the minutes it takes, and kept where it is faster; not under `reduce=tree`, which promises bits.
 
     Args:
         options: what the user fixed.
@@ -286,38 +285,33 @@ def decide(
             "trainer.precision is fp8, which needs a GPU of compute capability 8.9 or more (Ada, Hopper, "
             "Blackwell); use trainer.precision=bf16"
         )
-    precisions = {Precision.fp32: [False], Precision.bf16: [True], Precision.fp8: [True]}.get(
-        options.precision, [True] if instructions else [True, False]
-    )
-    layouts = [_CHANNELS_LAST[instructions]] if instructions else [True, False]
+    asked = {Precision.fp32: False, Precision.bf16: True, Precision.fp8: True}.get(options.precision)
+    bf16 = instructions is not None if asked is None else asked
+    channels_last = _CHANNELS_LAST[instructions]
     compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     # What gathers the weights of a model that is spread stands between its blocks.
     by_block = options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp)
     compiled = options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu)
     may_compile = options.compile is Switch.auto and compiler and not compiled
+    may_compile = may_compile and options.reduce is not Reduce.tree
     # Compiled networks fuse what the kernels do; they are for those that are not.
     native = not on_gpu and kernels() is not None
     found = f"{instructions} found, " if instructions else ""
-    if before is not None and before.device == device and before.bf16 in precisions:
-        precisions, layouts, may_compile = [before.bf16], [before.channels_last], False
+    if before is not None and before.device == device and asked in (None, before.bf16):
+        bf16, channels_last, may_compile = before.bf16, before.channels_last, False
         native = native and before.native
         compiled = before.compiled if options.compile is Switch.auto else compiled
         found = "as before the stop, "
-    timed = [
-        (step_seconds(way), way)
-        for bf16 in precisions
-        for layout in layouts
-        for way in [
-            Compute(device, bf16, layout, compiled, "", by_block, options.checkpoint_activations, fp8, native)
-        ]
-    ]
-    seconds, best = min(timed, key=lambda pair: pair[0])
+    way = Compute(
+        device, bf16, channels_last, compiled, f"{found}timed once", by_block, options.checkpoint_activations,
+        fp8, native,
+    )  # fmt: skip
+    seconds = step_seconds(way)
     if may_compile and seconds * steps > COMPILE_PAYS_AFTER:
-        way = replace(best, compiled=True)
-        timed.append((step_seconds(way), way))
-        seconds, best = min(timed, key=lambda pair: pair[0])
-    reason = f"{found}fastest of {len(timed)} timed" if len(timed) > 1 else f"{found}timed once"
-    return replace(best, reason=reason), seconds
+        other = replace(way, compiled=True)
+        seconds, way = min((seconds, way), (step_seconds(other), other), key=lambda pair: pair[0])
+        way = replace(way, reason=f"{found}fastest of 2 timed")
+    return way, seconds
 
 
 def device_of(options: TrainerOptions) -> torch.device:

@@ -9,7 +9,16 @@ from models.blocks import ResidualBlock, TransformerBlock
 from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages import compute as module
-from models.stages.compute import Accelerator, Compute, Precision, Switch, TrainerOptions, decide, set_threads
+from models.stages.compute import (
+    Accelerator,
+    Compute,
+    Precision,
+    Reduce,
+    Switch,
+    TrainerOptions,
+    decide,
+    set_threads,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +41,13 @@ class Timer:
         return self.seconds(way)
 
 
-def test_the_fastest_is_taken() -> None:
-    timer = Timer(lambda way: 1 - 0.5 * way.bf16 + 0.1 * way.channels_last)
-    way, seconds = decide(TrainerOptions(), timer, steps=1)
-    assert (way.bf16, way.channels_last, way.compiled, seconds) == (True, False, False, 0.5)
-    assert len(timer.asked) == 4
-    assert "fastest of 4 timed" in way.reason
-    slow = Timer(lambda way: 1 + way.bf16 - 0.1 * way.channels_last)
-    assert str(decide(TrainerOptions(), slow, 1)[0]).startswith("cpu, float32, channels-last, eager (")
+def test_the_clock_chooses_neither_precision_nor_layout() -> None:
+    for seconds in (lambda way: 1 - 0.5 * way.bf16 + 0.1 * way.channels_last, lambda way: 1.0 + way.bf16):
+        timer = Timer(seconds)
+        way, _ = decide(TrainerOptions(), timer, steps=1)
+        assert (way.bf16, way.channels_last, way.compiled) == (False, True, False)
+        assert len(timer.asked) == 1
+    assert str(way) == "cpu, float32, channels-last, eager (timed once)"
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
@@ -56,6 +64,8 @@ def test_compiling_only_where_it_pays() -> None:
     assert not any(way.compiled for way in timer.asked)
     way, seconds = decide(TrainerOptions(), timer, 2000)
     assert (way.compiled, seconds) == (True, 0.25)
+    exact = TrainerOptions(reduce=Reduce.tree)
+    assert not decide(exact, timer, 10**6)[0].compiled
     slower = Timer(lambda way: 2.0 if way.compiled else 1.0)
     assert not decide(TrainerOptions(), slower, 2000)[0].compiled
     assert slower.asked[-1].compiled
@@ -90,6 +100,9 @@ def test_a_resumed_run_computes_as_before(compiled: bool) -> None:
     assert (way.bf16, way.channels_last, way.compiled) == (False, True, compiled)
     assert len(timer.asked) == 1
     assert decide(TrainerOptions(precision=Precision.bf16), timer, 1, before)[0].bf16
+    wider = Compute(torch.device("cpu"), True, False, False, "")  # of a machine that multiplies bfloat16
+    way, _ = decide(TrainerOptions(), timer, 1, wider)
+    assert (way.bf16, way.channels_last) == (True, False)
     assert not decide(TrainerOptions(compile=Switch.off), timer, 1, before)[0].compiled
 
 
