@@ -21,9 +21,10 @@ from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages.optim import AdamW, OptimizerSettings
 
-#: Of `p(s) = a s + b s^3 + c s^5`, which brings singular values from (0, 1] to about 1 when it is repeated.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_REPEATS = 5
+#: Of three polynomials `p(s) = a s + b s^3 + c s^5`, applied one after another: each the one that keeps
+#: nearest to 1 what the ones before have made of singular values from 0.01 to 1 (Amsel et al. 2025, arXiv
+#: 2505.16932, algorithm 1, solved as linear programs). Muon's own needs five rounds to come as near.
+_POLYNOMIALS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
 class Muon(OptimizerSettings):
@@ -109,41 +110,43 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         group = self.param_groups[0]
-        for matrices in _of_one_shape(p for p in group["params"] if p.grad is not None):
-            directions = orthogonalised(torch.stack([self._direction(p) for p in matrices]))
-            scale = self.update_rms * math.sqrt(max(directions.shape[1:]))
-            for parameter, direction in zip(matrices, directions, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.view(parameter.shape), alpha=-group["lr"] * scale)
+        parameters = [p for p in group["params"] if p.grad is not None]
+        moved = 1 - group["lr"] * group["weight_decay"]
+        for alike in _of_one_shape(zip(parameters, self._directions(parameters), strict=True)):
+            directions = orthogonalised(torch.stack([direction for _, direction in alike]))
+            scale = group["lr"] * self.update_rms * math.sqrt(max(directions.shape[1:]))
+            for (parameter, _), direction in zip(alike, directions, strict=True):
+                parameter.mul_(moved).add_(direction.view(parameter.shape), alpha=-scale)
         self.others.step()
         return loss
 
-    def _direction(self, parameter: Tensor) -> Tensor:
-        """The gradient with Nesterov's momentum, as a matrix `[outputs, the rest]`."""
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        mean = state["momentum"].lerp_(gradient, 1 - self.momentum)
-        return gradient.lerp(mean, self.momentum).flatten(1)
+    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
+        """The gradients with Nesterov's momentum, as matrices `[outputs, the rest]`."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        means = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
+        return [each.flatten(1) for each in torch._foreach_lerp(gradients, means, self.momentum)]
 
 
-def _of_one_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The parameters in lists of equal shape, which one product of matrices serves."""
-    by_shape: dict[torch.Size, list[Tensor]] = {}
-    for parameter in parameters:
-        by_shape.setdefault(parameter.shape, []).append(parameter)
+def _of_one_shape(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Parameters and their directions in lists of equal shape, which one product of matrices serves."""
+    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for parameter, direction in pairs:
+        by_shape.setdefault(parameter.shape, []).append((parameter, direction))
     return list(by_shape.values())
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """`matrices` float32 `[B m n]` with singular values brought near 1 (0.7 to 1.2), singular vectors kept.
+    """`matrices` float32 `[B m n]` with singular values brought near 1 (0.73 to 1.27), singular vectors kept.
 
-    A polynomial is applied five times to the singular values. All powers of a matrix X are taken of `X X^T`,
-    which is m x m for m <= n: `p(X) = (a + b X X^T + c (X X^T)^2) X`, so that the wide X is multiplied twice
-    and not ten times. That asks for float32 products, as TF32 or bfloat16 would make small eigenvalues of
-    `X X^T` negative, which grow. Singular values below a thousandth of the largest stay below 1; of a matrix
-    of zeros zeros remain.
+    Polynomials are applied to the singular values, which are first made 1 at most by the matrix's norm. All
+    powers of a matrix X are taken of `X X^T`, which is m x m for m <= n: `p(X) = (a + b X X^T + c (X X^T)^2)
+    X`, so that the wide X is multiplied twice and not nine times. That asks for float32 products, as TF32 or
+    bfloat16 would make small eigenvalues of `X X^T` negative, which grow. Singular values below a hundredth
+    of the norm stay below 0.73; of a matrix of zeros zeros remain.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalised(matrices.mT).mT
@@ -151,11 +154,15 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     # The trace is the sum of the squared singular values, so none is above 1 then.
     scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
     gram = gram / scale
-    identity = torch.eye(gram.shape[1], device=gram.device)
-    product: Tensor | None = None
-    for _ in range(_REPEATS):
-        factor = torch.baddbmm(_A * identity + _B * gram, gram, gram, alpha=_C)
-        product = factor if product is None else factor @ product
+    product = factor = _factor(gram, *_POLYNOMIALS[0])
+    for coefficients in _POLYNOMIALS[1:]:
         gram = factor @ gram @ factor
-    assert product is not None
+        factor = _factor(gram, *coefficients)
+        product = factor @ product
     return product @ (matrices * scale.rsqrt())
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """`a + b G + c G^2` of `gram` `[B m m]`: what a polynomial multiplies a matrix X of G = X X^T by."""
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    return torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)

@@ -154,8 +154,10 @@ def recipe(setting: Setting) -> Recipe:
     )  # fmt: skip
 
 
-#: The UNet of the recipe: as wide and deep as ours of the landscapes, on latents instead of patches of them.
+#: The UNet of the recipe: as wide and deep as ours of the landscapes, on latents instead of patches of them; the batch
+#: is its own default.
 _THEIRS = (
+    "plan.diffusion.batch_size=16",
     "objective=sd",
     "backbone=plain",
     "backbone.transformer_depth=[1,0]",
