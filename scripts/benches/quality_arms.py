@@ -154,8 +154,8 @@ def recipe(setting: Setting) -> Recipe:
     )  # fmt: skip
 
 
-#: The UNet of the recipe: as wide and deep as ours of the landscapes, on latents instead of patches of them; the batch
-#: is its own default.
+#: The UNet of the recipe: as wide and deep as ours of the landscapes, on latents instead of patches of them.
+#: The batch is that script's own default.
 _THEIRS = (
     "plan.diffusion.batch_size=16",
     "objective=sd",
