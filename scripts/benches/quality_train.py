@@ -210,8 +210,8 @@ def _run(told: dict[str, Any], threads: int) -> None:
         )
 
 
-class Session:
-    """The process: data, learner and clock of one training."""
+class TrainingProcess:
+    """What one training has: data, learner and clock."""
 
     def __init__(self, training: Training, began: float) -> None:
         self.training, self.watch = training, Stopwatch(began)
@@ -311,11 +311,11 @@ def main(told: str) -> None:
     document = json.loads(told)
     given = document["training"]
     training = replace(Training(**given), clock=ClockKind(given["clock"]))
-    session = Session(training, document["began"])
+    process = TrainingProcess(training, document["began"])
     if "probe" in document:
-        session.probe(Path(document["probe"]))
+        process.probe(Path(document["probe"]))
     else:
-        session.train(Path(document["folder"]))
+        process.train(Path(document["folder"]))
 
 
 if __name__ == "__main__":
