@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_bit_for_bit(first: Path, command: Command) -> None
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("objective.times.mean=0.5", "objective.times.mean was 0.0, now 0.5"),
+        ("objective.times.mean=0.25", "objective.times.mean was 0.5, now 0.25"),
         ("backbone.channels=[16,32]", "backbone.channels was [16, 16], now [16, 32]"),
         ("autoencoder.latent_channels=2", "autoencoder.latent_channels was 4, now 2"),
         ("seed=1", "seed was 0, now 1"),
