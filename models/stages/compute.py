@@ -250,27 +250,18 @@ class Compute:
         compiled = f"compiled{' by the block' if self.by_block else ''}" if self.compiled else "eager"
         compiled += ", own kernels" if self.native else ""
         how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
-        return f"{self.device.type}, {how} ({self.reason})"
+        return f"{self.device.type}, {how}" + (f" ({self.reason})" if self.reason else "")
 
 
-def decide(
-    options: TrainerOptions,
-    step_seconds: Callable[[Compute], float],
-    steps: int,
-    before: Compute | None = None,
-) -> tuple[Compute, float]:
-    """The way to compute the training steps of a stage on this machine, and seconds a step.
+def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
+    """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
     On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
-    the layout its kernels like, on another one float32 and channels-last. The clock has no say in that, so
-    that two runs of a seed compute alike. Norms, gates and 3x3 convolutions go through kernels compiled for
-    the machine where it can compile them. Compiling the networks is tried where the run is long enough to
-    earn back the minutes it takes, and kept where it is faster; not under `reduce=tree`, which promises bits.
+    the layout its kernels like, on another one float32 and channels-last. Norms, gates and 3x3 convolutions
+    go through kernels compiled for the machine where it can compile them.
 
     Args:
         options: what the user fixed.
-        step_seconds: times a training step computed in a given way.
-        steps: how many of them are to come.
         before: how the run computed until it was stopped; kept, so that resuming changes no bit.
 
     Raises:
@@ -285,33 +276,78 @@ def decide(
             "trainer.precision is fp8, which needs a GPU of compute capability 8.9 or more (Ada, Hopper, "
             "Blackwell); use trainer.precision=bf16"
         )
-    asked = {Precision.fp32: False, Precision.bf16: True, Precision.fp8: True}.get(options.precision)
-    bf16 = instructions is not None if asked is None else asked
-    channels_last = _CHANNELS_LAST[instructions]
-    compiler = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    # What gathers the weights of a model that is spread stands between its blocks.
-    by_block = options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp)
-    compiled = options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu)
-    may_compile = options.compile is Switch.auto and compiler and not compiled
-    may_compile = may_compile and options.reduce is not Reduce.tree
-    # Compiled networks fuse what the kernels do; they are for those that are not.
-    native = not on_gpu and kernels() is not None
-    found = f"{instructions} found, " if instructions else ""
-    if before is not None and before.device == device and asked in (None, before.bf16):
-        bf16, channels_last, may_compile = before.bf16, before.channels_last, False
-        native = native and before.native
-        compiled = before.compiled if options.compile is Switch.auto else compiled
-        found = "as before the stop, "
+    asked = _asks_bf16(options)
     way = Compute(
-        device, bf16, channels_last, compiled, f"{found}timed once", by_block, options.checkpoint_activations,
-        fp8, native,
-    )  # fmt: skip
-    seconds = step_seconds(way)
-    if may_compile and seconds * steps > COMPILE_PAYS_AFTER:
-        other = replace(way, compiled=True)
-        seconds, way = min((seconds, way), (step_seconds(other), other), key=lambda pair: pair[0])
-        way = replace(way, reason=f"{found}fastest of 2 timed")
-    return way, seconds
+        device,
+        bf16=instructions is not None if asked is None else asked,
+        channels_last=_CHANNELS_LAST[instructions],
+        compiled=options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu),
+        reason=f"{instructions} found" if instructions else "",
+        # What gathers the weights of a model that is spread stands between its blocks.
+        by_block=options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp),
+        recompute=options.checkpoint_activations,
+        fp8=fp8,
+        # Compiled networks fuse what the kernels do; they are for those that are not.
+        native=not on_gpu and kernels() is not None,
+    )
+    if before is None or not _is_kept(options, before):
+        return way
+    return replace(
+        way,
+        bf16=before.bf16,
+        channels_last=before.channels_last,
+        compiled=before.compiled if options.compile is Switch.auto else way.compiled,
+        reason="as before the stop",
+        native=way.native and before.native,
+    )
+
+
+def decide(
+    options: TrainerOptions,
+    step_seconds: Callable[[Compute], float],
+    steps: int,
+    before: Compute | None = None,
+) -> tuple[Compute, float]:
+    """The way to compute the training steps of a stage on this machine, and seconds a step.
+
+    It is what `choose` says. Compiling the networks is tried on a CPU where the run is long enough to earn
+    back the minutes it takes, and kept where it is faster; not under `reduce=tree`, which promises bits.
+
+    Args:
+        options: what the user fixed.
+        step_seconds: times a training step computed in a given way.
+        steps: how many of them are to come.
+        before: how the run computed until it was stopped; kept, so that resuming changes no bit.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    way = choose(options, before)
+    may_compile = (
+        options.compile is Switch.auto
+        and options.reduce is not Reduce.tree
+        and not way.compiled
+        and not (before is not None and _is_kept(options, before))
+        and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    )
+    timed = [(step_seconds(way), way)]
+    if may_compile and timed[0][0] * steps > COMPILE_PAYS_AFTER:
+        compiled = replace(way, compiled=True)
+        timed.append((step_seconds(compiled), compiled))
+    seconds, best = min(timed, key=lambda pair: pair[0])
+    how = f"fastest of {len(timed)} timed" if len(timed) > 1 else "timed once"
+    return replace(best, reason=f"{way.reason}, {how}" if way.reason else how), seconds
+
+
+def _asks_bf16(options: TrainerOptions) -> bool | None:
+    """Whether the user fixed bfloat16 (or less) or float32; None where neither."""
+    fixed = {Precision.fp32: False, Precision.bf16: True, Precision.fp8: True}
+    return fixed.get(options.precision)
+
+
+def _is_kept(options: TrainerOptions, before: Compute) -> bool:
+    """Whether a run may go on as it computed before the stop."""
+    return before.device == device_of(options) and _asks_bf16(options) in (None, before.bf16)
 
 
 def device_of(options: TrainerOptions) -> torch.device:

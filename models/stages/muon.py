@@ -144,7 +144,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
     Polynomials are applied to the singular values, which are first made 1 at most by the matrix's norm. All
     powers of a matrix X are taken of `X X^T`, which is m x m for m <= n: `p(X) = (a + b X X^T + c (X X^T)^2)
-    X`, so that the wide X is multiplied twice and not nine times. That asks for float32 products, as TF32 or
+    X`, so that the wide X is multiplied twice and not six times. That asks for float32 products, as TF32 or
     bfloat16 would make small eigenvalues of `X X^T` negative, which grow. Singular values below a hundredth
     of the norm stay below 0.73; of a matrix of zeros zeros remain.
     """

@@ -39,7 +39,7 @@ from models.checkpoint import CheckpointError, fingerprint, newest
 from models.loading import build_networks, load_part, read_sampling
 from models.registry import ConfigError
 from models.sampling import Job
-from models.stages.compute import Compute, decide, seconds_a_call, set_threads
+from models.stages.compute import choose, set_threads
 from models.stages.diffusion import DiffusionStage
 from models.stages.encoding import encode_images
 from models.text_encoder import TextEncoder
@@ -194,9 +194,7 @@ class Bench:
         stage.load_autoencoder(self.autoencoder, "the autoencoder")
         plan, seed = stage.plan, int(values["seed"])
         rows = order(len(self.moments), plan.steps * plan.batch_size, seed).split(plan.batch_size)
-        options = make("trainer", values["trainer"])
-        compute, _ = decide(options, lambda way: self._probe(stage, way), 1)
-        stage.use(compute)
+        stage.use(choose(make("trainer", values["trainer"])))
         loop, seconds = Bare(stage), 0.0
         with Progress(f"{name}, seed {seed}", plan.images) as progress:
             for step, row in enumerate(rows):
@@ -207,20 +205,6 @@ class Bench:
                 seconds += time.process_time() - began
                 progress.update(stage.images_seen)
         return self._judged(stage, values) | {"cpu_ms_a_step": 1000 * seconds / plan.steps}
-
-    def _probe(self, stage: DiffusionStage, way: Compute) -> float:
-        """Seconds of a forward and backward pass computed in `way`."""
-        stage.use(way)
-        rows = range(stage.plan.batch_size)
-        batch = _batch(
-            self.moments[: len(rows)], self.captions[: len(rows)], torch.tensor(rows), stage.text_encoder
-        )
-
-        def step() -> None:
-            stage.mean_loss(batch.to(way.device)).backward()
-            stage.networks.zero_grad(set_to_none=True)
-
-        return seconds_a_call(step, way.device, budget=1.0)
 
     def _judged(self, stage: DiffusionStage, values: dict[str, Any]) -> dict[str, float]:
         """How well the pictures that the averaged weights make are what the captions say."""

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.stages.compute import Compute
+
 RESAMPLES = 10_000
 MIN_PAIRS = 5  # of rounds, for an interval
 #: Processor features that decide how fast numbers are computed.
@@ -193,6 +195,11 @@ def peak_rss(pids: Sequence[int]) -> float | None:
             return None
         kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return kilobytes / 1000
+
+
+def eager_ways(device: torch.device) -> list[Compute]:
+    """The ways among which a rival gets its fastest: float32 and bfloat16, in both layouts, not compiled."""
+    return [Compute(device, bf16, last, False, "") for bf16 in (False, True) for last in (False, True)]
 
 
 def machine() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from data.datamodule import DataModule
 from data.progress import Progress
 from models.loading import build_networks
 from models.registry import build
-from models.stages.compute import Compute, decide, seconds_a_call, set_threads
+from models.stages.compute import Compute, choose, set_threads
 from models.stages.diffusion import DiffusionStage
 from models.stages.fit import Work, fit
 from models.stages.heap import keep_heap
@@ -73,7 +73,7 @@ def overhead(
     plan = Plan(images, batch, validate_every_images=never, checkpoint_every_images=never)
     batches = [make_batch(values, batch, k) for k in range(8)]
     ours = make_stage(values, plan)
-    compute, _ = decide(options, lambda way: _probe(ours, way, batches[0]), 1)
+    compute = choose(options)
     ours.use(compute)
     turns = Turns(batches, Bare(copy.deepcopy(ours)), Bare(copy.deepcopy(ours)), steps, rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,17 +199,6 @@ class Turns:
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
-
-
-def _probe(stage: DiffusionStage, way: Compute, batch: Batch) -> float:
-    """Seconds of a forward and backward pass computed in `way`."""
-    stage.use(way)
-
-    def step() -> None:
-        stage.mean_loss(batch.to(way.device)).backward()
-        stage.networks.zero_grad(set_to_none=True)
-
-    return seconds_a_call(step, way.device)
 
 
 def _picture(folder: Path) -> Path:

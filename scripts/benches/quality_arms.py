@@ -62,12 +62,14 @@ class Arm:
         overrides: of what `train.py` composes by default.
         learner: builds it.
         by_images: whether its schedules need the horizon in images, known before; else it can stop any time.
+        rival: whether it computes in the fastest way that is found; else as `train.py` does.
     """
 
     name: str
     overrides: tuple[str, ...]
     learner: Callable[[Setting], Learner]
     by_images: bool
+    rival: bool
 
     def values(self, demo: Mapping[str, Any]) -> dict[str, Any]:
         """The composed configuration, with the autoencoder and the resolution of the configuration `demo`."""
@@ -163,9 +165,12 @@ _THEIRS = (
     "backbone.transformer_depth=[1,0]",
     "text_encoder.mask_padding=false",
 )
-OURS = Arm("ours", (), Ours, True)
-RECIPE = Arm("recipe", _THEIRS, recipe, False)
+OURS = Arm("ours", (), Ours, by_images=True, rival=False)
+RECIPE = Arm("recipe", _THEIRS, recipe, by_images=False, rival=True)
 #: How much of the difference the patches are.
-PATCHED = Arm("recipe in patches", (*_THEIRS, "backbone.patch_size=2"), recipe, False)
-UNPATCHED = Arm("ours without patches", ("backbone=plain", "backbone.transformer_depth=[1,0]"), Ours, True)
+PATCHED = Arm("recipe in patches", (*_THEIRS, "backbone.patch_size=2"), recipe, by_images=False, rival=True)
+UNPATCHED = Arm(
+    "ours without patches", ("backbone=plain", "backbone.transformer_depth=[1,0]"), Ours, by_images=True,
+    rival=False,
+)  # fmt: skip
 ARMS = {arm.name: arm for arm in (OURS, RECIPE, PATCHED, UNPATCHED)}

@@ -30,7 +30,8 @@ from data.shard_index import write_atomic
 from models.checkpoint import save_single_file
 from models.loading import EXPORT_FORMAT, MODEL_KEYS
 from models.registry import build
-from models.stages.compute import Compute, decide, device_of, seconds_a_call
+from models.stages.compute import Compute, choose, seconds_a_call
+from scripts.benches.measuring import eager_ways
 from scripts.benches.quality_arms import ARMS, Arm, Setting, finished_autoencoder
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -165,7 +166,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Probe:
-    """How an arm computes fastest here, and what start and step take, in seconds on the clock that counts."""
+    """How an arm computes here, and what start and step take, in seconds on the clock that counts."""
 
     compute: dict[str, Any]
     described: str
@@ -272,14 +273,15 @@ class TrainingProcess:
         save_single_file(path, {**self.autoencoder, **averaged}, metadata)
 
     def probe(self, file: Path) -> None:
-        """Finds the fastest way to compute, times it, and writes both to `file`."""
+        """Finds how the arm computes, times it, and writes both to `file`."""
         options = make("trainer", {**self.values["trainer"], "threads": self.training.threads})
         batch = self.data.probe(self.data.batch_size)
-        plain = Compute(device_of(options), False, False, False, "")
-        few = self.data.probe(min(PROBE_IMAGES, self.data.batch_size))
-        with self.watch.pause():
-            self._seconds(plain, few)  # first, so that what is far slower is known by one step
-            way, _ = decide(options, lambda each: self._seconds(each, few), 1)
+        way = choose(options)
+        if self.arm.rival:
+            few = self.data.probe(min(PROBE_IMAGES, self.data.batch_size))
+            with self.watch.pause():
+                # The chosen one first: what is far slower is known by one step then.
+                way = min([way, *eager_ways(way.device)], key=lambda each: self._seconds(each, few))
         learner = self.arm.learner(self.setting(way))
         start = self.watch.read()
         for number in range(2 * TIMED_STEPS):

@@ -37,6 +37,7 @@ from scripts.benches.measuring import (
     check_rounds,
     cpu,
     cpu_ms,
+    eager_ways,
     interleave,
     machine,
     rate,
@@ -336,7 +337,7 @@ def best_way(
     theirs: Theirs, device: torch.device, batches: list[Batch], compiled: bool
 ) -> tuple[Compute, dict[str, float | None]]:
     """The fastest way to compute theirs, and seconds of each that was tried."""
-    eager = [Compute(device, bf16, last, False, "") for bf16 in (False, True) for last in (False, True)]
+    eager = eager_ways(device)
     times = {way: _unless_full(theirs, way, batches) for way in eager}
     if compiled:
         fastest = min(times.values())
@@ -345,7 +346,7 @@ def best_way(
     best = min(times, key=lambda way: times[way])
     if math.isinf(times[best]):
         raise ValueError("diffusers' step needs more memory than there is; give a smaller --batch")
-    names = {str(way).removesuffix(" ()"): value for way, value in times.items()}
+    names = {str(way): value for way, value in times.items()}
     tried = {name: None if math.isinf(value) else value for name, value in names.items()}
     return replace(best, reason=f"fastest of {len(times)} timed"), tried
 

@@ -132,7 +132,7 @@ def test_both_figures_have_to_reach_the_target() -> None:
     assert Score(0.501, 20.0).rank > Score(0.499, 25.0).rank
 
 
-def make_study(folder: Path, **changed: Any) -> Measurement:
+def make_measurement(folder: Path, **changed: Any) -> Measurement:
     given: dict[str, Any] = {"minutes": 1.0, "points": 1, "pictures": 4, "steps": 2, "clock": ClockKind.cpu}
     return Measurement(
         folder, Settings(**given | {"threads": 1, "demo": "demo", "shards": "shards"} | changed)
@@ -148,7 +148,7 @@ def test_the_shortest_horizon_at_the_target_is_found(
         return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, 3.0, reached)
 
     monkeypatch.setattr(Measurement, "first", first)
-    measurement = make_study(tmp_path)
+    measurement = make_measurement(tmp_path)
     found = measurement.horizon(OURS, CHOICE, TARGET)
     assert found == next((share for share in HORIZONS if share >= needed), HORIZONS[-1])
     climb = measurement.climb(OURS, CHOICE, 0, HORIZONS[0], TARGET)
@@ -157,10 +157,10 @@ def test_the_shortest_horizon_at_the_target_is_found(
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
-    make_study(tmp_path)
-    make_study(tmp_path)
+    make_measurement(tmp_path)
+    make_measurement(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
-        make_study(tmp_path, minutes=2.0)
+        make_measurement(tmp_path, minutes=2.0)
 
 
 def test_pauses_are_not_counted() -> None:
