@@ -217,9 +217,9 @@ def test_a_small_measurement_from_end_to_end(
 
     monkeypatch.setattr("scripts.benches.quality_measurement.find_judge", lambda folder: judge)
     judge = AdherenceJudge().eval()
-    demo = make_run(tmp_path / "demo", {**tiny_config, "resolution": 16})
+    demo = make_run(tmp_path / "demo", {**tiny_config, "resolution": 32})
     for split, seed in (("train", 0), ("val", 1)):
-        write_landscapes(tmp_path / "shards" / split, 64, 16, seed, 64, 1)
+        write_landscapes(tmp_path / "shards" / split, 64, 32, seed, 64, 1)
     words = ["quality", "--minutes", "0.1", "--seeds", "1", "--points", "1", "--pictures", "4"]
     words += ["--demo", str(demo), "--shards", str(tmp_path / "shards"), "--folder", str(tmp_path / "bench")]
     assert bench.main([*words, "--part", "recipe"]) == 0
