@@ -13,6 +13,10 @@ import torch
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "data", "evaluation", "conf", "scripts", "web")
 
+# A shell's background jobs ignore SIGINT, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def sources() -> dict[str, str]:
