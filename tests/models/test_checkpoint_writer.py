@@ -76,6 +76,20 @@ def test_training_goes_on_at_once_and_what_it_changes_is_not_written(
     assert set(gate.threads) == {"checkpoint_0"}
 
 
+def test_no_thread_stays_behind_a_save(
+    monkeypatch: pytest.MonkeyPatch, kit: Any, writer: CheckpointWriter
+) -> None:
+    """An idle one that has computed in parallel makes every later step of a training take twice as long."""
+    gate = Gate(monkeypatch)
+    writer.save(1, *kit.content(1))
+    assert gate.reached.wait(10)
+    (thread,) = (each for each in threading.enumerate() if each.name == gate.threads[0])
+    gate.open.set()
+    settle(writer)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_one_is_in_flight_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kit: Any, writer: CheckpointWriter
 ) -> None:
