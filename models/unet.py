@@ -28,6 +28,9 @@ from models.conditioning import Conditioning
 from models.fused import GroupNorm
 
 NORM_EPS = 1e-5
+#: So wide that texts differ at once in what they make of a place, by as much as the map itself: a product of
+#: two small factors has hardly a gradient, and "on the left" was learnt last of all. docs/decisions/0017.
+POSITION_GAIN_STD = 0.5
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class UNet(nn.Module):
         if position_size > 0:
             self.position = nn.Parameter(position_waves(channels[0], position_size))
             self.position_gain = nn.Linear(time_width, channels[0])
-            nn.init.normal_(self.position_gain.weight, std=0.02)
+            nn.init.normal_(self.position_gain.weight, std=POSITION_GAIN_STD)
             nn.init.zeros_(self.position_gain.bias)
 
         plan = BlockPlan(time_width, conditioning_dim, head_dim, norm_groups, scale_shift)

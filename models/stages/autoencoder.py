@@ -12,7 +12,7 @@ from models.diffusion.draws import Draws, Purpose
 from models.stages.compute import Compute
 from models.stages.ema import Ema
 from models.stages.guard import Guard
-from models.stages.losses import ReconstructionLoss, psnr_db
+from models.stages.losses import ReconstructionLoss, half, psnr_db
 from models.stages.optim import OptimizerSettings
 from models.stages.plan import Plan
 from models.stages.sharded import Sharding, is_spread
@@ -23,7 +23,7 @@ class AutoencoderStage(LightningModule):
 
     Args:
         autoencoder: the network.
-        loss: distance of the pixels plus the KL term.
+        loss: distance of the pixels plus the KL term, and the distance at half size.
         optimizer: its settings.
         plan: how long and in which portions.
         compute: where and in which precision.
@@ -89,7 +89,9 @@ class AutoencoderStage(LightningModule):
             noise = draws.normal(Purpose.POSTERIOR, (moments.shape[1] // 2, *moments.shape[2:]))
             latents = self.autoencoder.sample(moments, noise)
             decoded = self._decode(latents)
-        return self.loss(decoded, images, self.autoencoder.kl(moments), latents[0].numel()).mean()
+            small = self._decode(half(latents)) if self.loss.half_size_weight else None
+        losses = self.loss(decoded, images, self.autoencoder.kl(moments), latents[0].numel())
+        return (losses if small is None else losses + self.loss.at_half_size(small, images)).mean()
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, Tensor]:

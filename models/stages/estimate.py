@@ -163,7 +163,9 @@ def show_autoencoder(values: Mapping[str, Any], images: int, devices: int) -> No
     with FakeTensorMode():
         autoencoder = build("autoencoder", values["autoencoder"])
         encoding, decoding = coding_flops(autoencoder, int(values["data"]["resolution"]))
-    parameters, step = sum(p.numel() for p in autoencoder.parameters()), 3 * (encoding + decoding)
+    halves = 1 / 4 if values["reconstruction"].get("half_size_weight") else 0  # decoded at half the side too
+    parameters = sum(p.numel() for p in autoencoder.parameters())
+    step = 3 * (encoding + (1 + halves) * decoding)
     print(
         f"Autoencoder stage: {parameters / 1e6:,.1f} M parameters; {step / 1e9:,.1f} GFLOP an image. "
         f"{in_hours(step * images, images, devices)} Moments of a million pictures: "

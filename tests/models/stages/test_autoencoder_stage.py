@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from data.batch import Batch
 from models.diffusion.draws import Draws, Purpose
+from models.stages.losses import ReconstructionLoss
 
 MakeStage = Callable[..., Any]
 MakeBatch = Callable[..., Batch]
@@ -57,6 +59,19 @@ def test_the_loss_is_what_it_says(make_stage: MakeStage, make_batch: MakeBatch) 
     noise = Draws(0, batch.indices).normal(Purpose.POSTERIOR, (4, 4, 4))
     decoded = network.decode(network.sample(moments, noise))
     wanted = (decoded - batch.images).square().mean() + 1e-5 * network.kl(moments).mean() / 64
+    assert stage.mean_loss(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_loss_at_half_size_is_of_halved_latents(make_stage: MakeStage, make_batch: MakeBatch) -> None:
+    stage, batch = make_stage("autoencoder"), make_batch(2)
+    without = stage.mean_loss(batch)
+    stage.loss = ReconstructionLoss(half_size_weight=0.5)
+    network = stage.autoencoder
+    noise = Draws(0, batch.indices).normal(Purpose.POSTERIOR, (4, 4, 4))
+    latents = network.sample(network.encode(batch.images), noise)
+    decoded = network.decode(F.interpolate(latents, scale_factor=0.5, mode="area"))
+    small = F.interpolate(batch.images, scale_factor=0.5, mode="area")
+    wanted = without + 0.5 * (decoded - small).square().mean()
     assert stage.mean_loss(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 

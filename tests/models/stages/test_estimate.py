@@ -175,6 +175,7 @@ def test_the_command_prints_a_table_and_begins_nothing(tmp_path: Path) -> None:
         str(PROJECT / "train.py"),
         "plan=true",
         "devices=8",
+        "plan.diffusion.batch_size=16",
         f"folder={tmp_path / 'runs'}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

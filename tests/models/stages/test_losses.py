@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.stages.losses import Distance, ReconstructionLoss, psnr_db
+from models.stages.losses import Distance, ReconstructionLoss, half, psnr_db
 
 
 def test_psnr() -> None:
@@ -34,7 +34,17 @@ def test_the_weight_is_a_nat_a_latent_value() -> None:
     assert ReconstructionLoss(kl_weight=0.0)(images, images, kl, 5).item() == 0
 
 
+def test_half_a_picture_is_compared_with_what_half_its_latents_become() -> None:
+    images = torch.zeros(2, 3, 6, 6)
+    images[1, :, ::2] = 1.0  # rows of 1 and 0, half of each at half the size
+    decoded = torch.zeros(2, 3, 2, 3)  # of latents with an odd side: the last rows have no counterpart
+    loss = ReconstructionLoss(Distance.l2, half_size_weight=2.0)
+    assert loss.at_half_size(decoded, images).tolist() == pytest.approx([0.0, 2 * 0.25])
+    assert half(torch.arange(16.0).view(1, 1, 4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+@pytest.mark.parametrize("name", ["kl_weight", "half_size_weight"])
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_weight_out_of_range(weight: float) -> None:
-    with pytest.raises(ValueError, match="kl_weight"):
-        ReconstructionLoss(kl_weight=weight)
+def test_a_weight_out_of_range(name: str, weight: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        ReconstructionLoss(**{name: weight})
