@@ -73,7 +73,7 @@ def test_a_student_is_trained_and_sampled(few: Path, command: Command, capsys: A
     assert report["distillation_val_loss"] > 0
     last = newest(few / "distillation" / "checkpoints")
     assert last is not None
-    assert last.document("config")["student"]["guidance_scale"] == 3.0
+    assert last.document("config")["student"]["guidance_scale"] == 2.5
     line = json.loads((few / "distillation" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["val_decoder_psnr_db"] > 0
     words = ("checkpoint=runs/few", "prompt=a dawn", "num_images=2")
@@ -104,7 +104,7 @@ def test_only_the_student_moves(few: Path, drawing: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["guidance_scale=3"], "guidance of 3 built in"),
+        (["guidance_scale=3"], "guidance of 2.5 built in"),
         (["num_steps=5"], "a student of 2 steps"),
         (["grid=karras"], "a student of 2 steps"),
         (["sampler=heun"], "use sampler=euler"),

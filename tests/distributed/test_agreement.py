@@ -54,7 +54,7 @@ def test_another_configuration_on_one_rank_is_refused(runs: Runs) -> None:
     assert [trial.wait(PATIENCE) for trial in trials] == [2, 2, 2, 2]
     assert trials[0].said() == (
         "train.py: rank 2 has another configuration than rank 0: optimizer.diffusion.lr is 0.02 there and "
-        "0.0012 on rank 0; plan.diffusion.warmup_images is 64 there and 80 on rank 0; give every rank the "
+        "0.0015 on rank 0; plan.diffusion.warmup_images is 64 there and 80 on rank 0; give every rank the "
         "same command\n"
     )
     assert [trial.said() for trial in trials[1:]] == ["", "", ""]
