@@ -42,21 +42,21 @@ def begin(folder: Path, request: Mapping[str, Any], overwrite: bool) -> None:
     found = read_json(folder / REQUEST)
     if found == wanted:
         return
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(
-            f"{folder} holds {_what(found, wanted)}; give another out=..., or overwrite=true to replace it"
-        )
+    if folder.is_dir() and any(folder.iterdir()):
+        if not found:  # a run, perhaps, whose report has the name of ours: nothing to replace
+            raise ConfigError(f"{folder} holds files that are no evaluation; give another out=...")
+        if not overwrite:
+            what = _difference(found, wanted)
+            raise ConfigError(f"{folder} holds {what}; give another out=..., or overwrite=true to replace it")
     for name in (REQUEST, CARD, FEATURES, PAGE, RUN):
         (folder / name).unlink(missing_ok=True)
-    if found and (folder / PICTURES).is_dir():
+    if (folder / PICTURES).is_dir():
         shutil.rmtree(folder / PICTURES)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REQUEST, wanted)
 
 
-def _what(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    if not found:
-        return "files that are no evaluation"
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     keys = [key for key in dict.fromkeys([*wanted, *found]) if found.get(key) != wanted.get(key)]
     return f"another evaluation ({keys[0]} was {found.get(keys[0])!r}, now {wanted.get(keys[0])!r})"[:300]
 

@@ -11,9 +11,11 @@ to prompts: evaluation/arena/making.py. `serve --live` also lets voters type pro
 """
 
 import argparse
+import errno
 import json
 import logging
 import signal
+import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 USAGE, DATA, CHECKPOINT, ENVIRONMENT, NUMERICAL, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 6, 130, 143
 PORT = 8017
+_FULL = "free some space and run the same command again: no vote and no picture is lost"
 
 
 class Terminated(BaseException):
@@ -100,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     codes: list[tuple[type[BaseException], int]] = [
         *((ConfigError, USAGE), (DataError, DATA), (CheckpointError, CHECKPOINT), (OSError, ENVIRONMENT)),
-        *((FloatingPointError, NUMERICAL), (KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)),
+        *((sqlite3.OperationalError, ENVIRONMENT), (FloatingPointError, NUMERICAL)),
+        *((KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)),
     ]
     verbs = {"make": make, "serve": serve, "board": board, "export": export, "rebuild": _rebuild}
     try:
@@ -110,8 +114,12 @@ def main(argv: list[str] | None = None) -> int:
         if code is None:
             raise
         text = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            text = f"{error.filename or args.arena}: {error.strerror}; {_FULL}"
+        elif isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}; check that the path exists and can be written"
+        elif isinstance(error, sqlite3.OperationalError):
+            text = f"{args.arena}: {text}; {_FULL}"
         if code in (INTERRUPTED, TERMINATED):
             text = "stopped; no vote and no picture is lost, the same command goes on"
         print(f"arena.py: {text}", file=sys.stderr)

@@ -56,14 +56,18 @@ def read_secret(folder: Path) -> bytes:
 def make(folder: Path, width: int, height: int) -> None:
     """Writes an empty database whole: under another name, then renamed."""
     part = folder / f"arena.db.{os.getpid()}.part"
-    with closing(connect(part)) as database:
-        database.executescript(SCHEMA)
-        database.execute("INSERT INTO about VALUES (?, ?)", (width, height))
-        database.execute(f"PRAGMA application_id = {APPLICATION}")
-        database.execute(f"PRAGMA user_version = {VERSION}")
-        database.commit()
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    os.replace(part, folder / "arena.db")
+    try:
+        with closing(connect(part)) as database:
+            database.executescript(SCHEMA)
+            database.execute("INSERT INTO about VALUES (?, ?)", (width, height))
+            database.execute(f"PRAGMA application_id = {APPLICATION}")
+            database.execute(f"PRAGMA user_version = {VERSION}")
+            database.commit()
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        os.replace(part, folder / "arena.db")
+    finally:
+        for left in folder.glob(f"{part.name}*"):  # of a full disk, with its log
+            left.unlink()
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -201,6 +202,27 @@ def test_a_port_that_is_taken_is_said(arena: Path, capsys: pytest.CaptureFixture
         taken.listen()
         assert main(["serve", str(arena), "--port", str(taken.getsockname()[1])]) == 2
     assert_one_line(capsys.readouterr().err, "give another --port")
+
+
+@pytest.mark.parametrize("limit", [4_096, 40_000])  # of a file: the database, its journal, or a picture
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(made: Path, tmp_path: Path, limit: int) -> None:
+    words = [
+        *("make", str(tmp_path / "arena"), "--prompts", str(made / "prompts.txt"), "--size", "16"),
+        *("--folder", "light", str(made / "light"), "--folder", "dark", str(made / "dark")),
+    ]
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "scripts" / "arena.py"), *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 5, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "free some space" in done.stderr
+    assert not list((tmp_path / "arena").glob("*.part*"))
+    assert main(words) == 0
 
 
 def test_folders_are_matched_by_manifest_record_name_or_order(made: Path, tmp_path: Path) -> None:

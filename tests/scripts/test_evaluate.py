@@ -130,6 +130,7 @@ def test_another_evaluation_is_not_written_over(command: Command, capsys: Any) -
         (["features_file=x"], 2, "features_file has no effect with features=judge"),
         (["shards=nowhere"], 3, "nowhere"),
         (["out=shards"], 2, "shards holds files that are no evaluation"),
+        (["out=shards", "overwrite=true"], 2, "shards holds files that are no evaluation"),
         (["size=17"], 2, "size is 17"),
         (["device=tpu"], 2, "device is 'tpu'"),
     ],
