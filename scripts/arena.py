@@ -119,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}; check that the path exists and can be written"
         elif isinstance(error, sqlite3.OperationalError):
-            text = f"{args.arena}: {text}; {_FULL}"
+            held = "check that it can be written, and that nothing else holds it"
+            text = f"{args.arena}: {text}; {_FULL if 'disk' in text else held}"
         if code in (INTERRUPTED, TERMINATED):
             text = "stopped; no vote and no picture is lost, the same command goes on"
         print(f"arena.py: {text}", file=sys.stderr)

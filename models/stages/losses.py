@@ -24,7 +24,7 @@ class ReconstructionLoss:
             (Rombach et al. 2022, arXiv 2112.10752, section G).
         half_size_weight: on the distance between the pictures at half size and what their latents, made half
             as large, are decoded to. Latents that bear this are smooth like pictures, and easier to learn
-            for diffusion (Kouzelis et al. 2025, arXiv 2502.09509, eq. 5, with the scale 1/2 alone).
+            for diffusion (Kouzelis et al. 2025, arXiv 2502.09509: its implicit form, the scale 1/2 alone).
     """
 
     def __init__(
