@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.float8 import Linear
-from models.fused import Geglu, GroupNorm
+from models.fused import Geglu, GroupNorm, first_order, in_training
 from models.winograd import Conv2d
 
 # The CPU's fused attention is slow backwards in 16 bits: written out it trains 4 to 10 times faster on 64
-# tokens and 1.4 times on 256, but it keeps all Lq x Lk scores. Forward alone or in float32 fused is faster.
+# tokens and 1.4 times on 256, but all Lq x Lk scores are there at once. Forward alone or in float32 fused is
+# faster.
 EXPLICIT_MAX = 1024 * 1024
 
 
@@ -54,11 +55,39 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     """
     small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
     if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
-        scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(dim=3) @ value
+        if in_training():
+            return WrittenOutAttention.apply(query, key, value, mask)
+        return attention_weights(query, key, mask) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """How much each query looks at each key, [B heads Lq Lk], rows that add up to 1; arguments as above."""
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=3)
+
+
+class WrittenOutAttention(torch.autograd.Function):
+    """`attention` by products of matrices, which keeps its inputs and not its weights: these are made again
+    in the backward pass, where one layer's are there at a time and not those of all (as Dao et al. 2022,
+    arXiv:2205.14135, section 3.1, do on a GPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The attention [B heads Lq d]."""
+        ctx.save_for_backward(query, key, value, mask)
+        return attention_weights(query, key, mask) @ value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `query`, `key` and `value`."""
+        first_order()
+        query, key, value, mask = ctx.saved_tensors
+        weights, scale = attention_weights(query, key, mask), query.shape[3] ** -0.5
+        of_value = weights.transpose(2, 3) @ gradients[0]
+        of_weights = gradients[0] @ value.transpose(2, 3)
+        of_scores = torch._softmax_backward_data(of_weights, weights, 3, weights.dtype)
+        return (of_scores @ key) * scale, of_scores.transpose(2, 3) @ (query * scale), of_value, None
 
 
 class Block(nn.Module, ABC):

@@ -20,16 +20,23 @@ _SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels may compute on `x`: first derivatives by the backward pass, in eager mode."""
+    """Whether the kernels may compute on `x`."""
     return (
         x.device.type == "cpu"
         and x.dtype in _SUFFIX
-        and torch.is_grad_enabled()
+        and in_training()
+        and type(x) in (Tensor, nn.Parameter)
+        and kernels() is not None
+    )
+
+
+def in_training() -> bool:
+    """Whether all that is wanted are first derivatives by the backward pass, in eager mode."""
+    return (
+        torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and type(x) in (Tensor, nn.Parameter)
-        and kernels() is not None
     )
 
 
@@ -37,8 +44,8 @@ def first_order() -> None:
     """None in a backward pass that nobody wants to differentiate; else RuntimeError, not a wrong gradient."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the kernels give first derivatives alone: for create_graph=True build the way to compute with "
-            "native=False"
+            "this gives first derivatives alone: for create_graph=True compute in float32, and build the way "
+            "to compute with native=False"
         )
 
 

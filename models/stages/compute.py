@@ -1,8 +1,8 @@
 """Where and in which precision a run computes, and why.
 
-On a GPU that is bfloat16 autocast, channels-last and `torch.compile`; on a CPU that multiplies bfloat16
-(AMX, AVX512-BF16) it is bfloat16 in the layout that is faster there, elsewhere float32 and channels-last.
-Weights, optimizer and loss stay float32 everywhere.
+On a GPU that is bfloat16 autocast and `torch.compile`; on a CPU that multiplies bfloat16 (AMX, AVX512-BF16)
+it is bfloat16, elsewhere float32; channels-last on all of them. Weights, optimizer and loss stay float32
+everywhere.
 """
 
 import contextlib
@@ -27,8 +27,6 @@ from models.registry import ConfigError
 from models.stages.faults import NotFinite
 from models.winograd import Conv2d
 
-#: Whether channels-last is faster, by what multiplies bfloat16; None where nothing does. docs/decisions/0002.
-_CHANNELS_LAST = {"GPU": True, "AMX": True, "AVX512-BF16": False, None: True}
 #: Of the first GPUs that multiply 8 bits.
 FP8_CAPABILITY = (8, 9)
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
@@ -256,9 +254,9 @@ class Compute:
 def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
-    On a GPU it is bfloat16, channels-last and compiled. On a CPU that multiplies bfloat16 it is bfloat16 in
-    the layout its kernels like, on another one float32 and channels-last. Norms, gates and 3x3 convolutions
-    go through kernels compiled for the machine where it can compile them.
+    Channels-last everywhere; on a GPU bfloat16 and compiled, on a CPU bfloat16 where it multiplies that, else
+    float32. Norms, gates and 3x3 convolutions go through kernels compiled for the machine where it can
+    compile them.
 
     Args:
         options: what the user fixed.
@@ -280,7 +278,7 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     way = Compute(
         device,
         bf16=instructions is not None if asked is None else asked,
-        channels_last=_CHANNELS_LAST[instructions],
+        channels_last=True,
         compiled=options.compile in (Switch.blocks, Switch.on) or (options.compile is Switch.auto and on_gpu),
         reason=f"{instructions} found" if instructions else "",
         # What gathers the weights of a model that is spread stands between its blocks.

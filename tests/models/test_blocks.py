@@ -68,6 +68,39 @@ def test_attention_gradients_under_a_mask_are_finite(rng: torch.Generator, dtype
     assert torch.isfinite(query.grad).all()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_written_out_attention_has_the_gradients_of_its_definition(
+    rng: torch.Generator, masked: bool
+) -> None:
+    inputs = [
+        torch.randn(2, 2, length, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+        for length in (5, 3, 3)
+    ]
+    mask = (torch.arange(3) < torch.tensor([[1], [3]]))[:, None, None, :] if masked else None
+    assert torch.autograd.gradcheck(lambda *given: attention(*given, mask), inputs)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        torch.autograd.grad(attention(*inputs, mask).sum(), inputs, create_graph=True)
+
+
+def test_written_out_attention_keeps_its_inputs_alone(rng: torch.Generator) -> None:
+    query, key, value = (
+        torch.randn(1, 2, 64, 8, generator=rng).bfloat16().requires_grad_() for _ in range(3)
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+        attention(query, key, value, None)
+    assert sorted(kept) == sorted(each.data_ptr() for each in (query, key, value))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use of it
+def test_forward_derivatives_of_attention_are_there(rng: torch.Generator) -> None:
+    query, key, value = (torch.randn(1, 1, 3, 4, generator=rng, dtype=torch.float64) for _ in range(3))
+    _, slope = torch.func.jvp(lambda q: attention(q, key, value, None), (query,), (torch.ones_like(query),))
+    step = 1e-6
+    moved = attention(query + step, key, value, None) - attention(query - step, key, value, None)
+    torch.testing.assert_close(slope, moved / (2 * step), rtol=1e-5, atol=1e-7)
+
+
 def test_noise_embedding_is_its_formula() -> None:
     c_noise = torch.tensor([0.0, 1.0, 250.5, 999.0])
     embedding = noise_embedding(c_noise, 8)

@@ -1,6 +1,7 @@
 """How to compute is decided by timing, within what the user fixed, and kept when a run goes on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_native_bfloat16_is_a_matter_of_course(monkeypatch: pytest.MonkeyPatch) 
     assert way.reason.startswith("AMX found")
     assert len(timer.asked) == 1  # a choice by the clock would not be the same twice
     monkeypatch.setattr(module, "_bf16_instructions", lambda: "AVX512-BF16")
-    assert not decide(TrainerOptions(), timer, 1)[0].channels_last
+    assert decide(TrainerOptions(), timer, 1)[0] == replace(way, reason="AVX512-BF16 found, timed once")
 
 
 @pytest.mark.parametrize("compiled", [True, False])
