@@ -35,7 +35,7 @@ def begin(folder: Path, request: Mapping[str, Any], overwrite: bool) -> None:
     """Writes the request into `folder`; the same one again goes on where it stopped.
 
     Raises:
-        ConfigError: the folder holds another evaluation, or other files.
+        ConfigError: the folder holds another evaluation that is not to be overwritten, or files of none.
         OSError: it cannot be written.
     """
     wanted = json.loads(json.dumps(request))
@@ -43,12 +43,13 @@ def begin(folder: Path, request: Mapping[str, Any], overwrite: bool) -> None:
     if found == wanted:
         return
     if folder.is_dir() and any(folder.iterdir()):
-        if not found:  # a run, perhaps, whose report has the name of ours: nothing to replace
+        if not any(folder.glob(f"{REQUEST}*")):  # a run, perhaps, whose report has the name of ours
             raise ConfigError(f"{folder} holds files that are no evaluation; give another out=...")
         if not overwrite:
             what = _difference(found, wanted)
             raise ConfigError(f"{folder} holds {what}; give another out=..., or overwrite=true to replace it")
-    for name in (REQUEST, CARD, FEATURES, PAGE, RUN):
+    # The old request stays until the new one takes its place: a replacement that is cut off can be begun anew.
+    for name in (CARD, FEATURES, PAGE, RUN):
         (folder / name).unlink(missing_ok=True)
     if (folder / PICTURES).is_dir():
         shutil.rmtree(folder / PICTURES)

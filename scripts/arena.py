@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 USAGE, DATA, CHECKPOINT, ENVIRONMENT, NUMERICAL, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 6, 130, 143
 PORT = 8017
 _FULL = "free some space and run the same command again: no vote and no picture is lost"
+#: What to do about an error of the database, by its primary code.
+_DATABASE = {
+    sqlite3.SQLITE_BUSY: "another process holds it: wait until that has ended",
+    sqlite3.SQLITE_READONLY: "give yourself the right to write there",
+    sqlite3.SQLITE_CANTOPEN: "check that it can be read and written",
+    sqlite3.SQLITE_ERROR: "it is no arena of this version: make another one",
+}
 
 
 class Terminated(BaseException):
@@ -114,13 +121,14 @@ def main(argv: list[str] | None = None) -> int:
         if code is None:
             raise
         text = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            text = f"{error.filename or args.arena}: {error.strerror}; {_FULL}"
-        elif isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}; check that the path exists and can be written"
+        if isinstance(error, OSError) and error.strerror:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            hint = _FULL if full else "check that the path exists and can be written"
+            text = f"{error.filename or 'writing failed'}: {error.strerror}; {hint}"
         elif isinstance(error, sqlite3.OperationalError):
-            held = "check that it can be written, and that nothing else holds it"
-            text = f"{args.arena}: {text}; {_FULL if 'disk' in text else held}"
+            code_of_it = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
+            hint = _DATABASE.get(code_of_it, f"the disk is full or fails: {_FULL}")
+            text = f"{args.arena}: {text}; {hint}"
         if code in (INTERRUPTED, TERMINATED):
             text = "stopped; no vote and no picture is lost, the same command goes on"
         print(f"arena.py: {text}", file=sys.stderr)

@@ -229,7 +229,7 @@ def test_pictures_from_the_run_and_from_its_export(first: Path, command: Command
         "seed": 3,
         "index": 2,
         "num_steps": 2,
-        "guidance_scale": 3.0,
+        "guidance_scale": 2.5,
         "size": [32, 32],
     }
     assert {key: mine[key] for key in wanted} == wanted

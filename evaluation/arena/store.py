@@ -140,7 +140,8 @@ class ArenaStore:
     def open(cls, folder: Path, writes: bool = True) -> Self:
         """Opens a store; only one process at a time may open it to write.
 
-        Raises DataError where there is none, or one that is damaged, of another version or in use.
+        Raises DataError where there is none, or one that is damaged, of another version or in use, and
+        sqlite3.OperationalError where the system is in the way, such as by a full disk.
         """
         path = folder / "arena.db"
         if not path.is_file():
@@ -155,7 +156,8 @@ class ArenaStore:
             if database is not None:
                 database.close()
             release(lock)
-            if isinstance(error, sqlite3.DatabaseError | IndexError):
+            damaged = isinstance(error, sqlite3.DatabaseError | IndexError)
+            if damaged and not isinstance(error, sqlite3.OperationalError):
                 raise DataError(
                     f"{path} is damaged ({' '.join(str(error).split())}); its votes are also in votes.jsonl: "
                     f"scripts/arena.py rebuild {folder}"

@@ -4,16 +4,16 @@ import http.client
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,25 +204,37 @@ def test_a_port_that_is_taken_is_said(arena: Path, capsys: pytest.CaptureFixture
     assert_one_line(capsys.readouterr().err, "give another --port")
 
 
-@pytest.mark.parametrize("limit", [4_096, 40_000])  # of a file: the database, its journal, or a picture
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(made: Path, tmp_path: Path, limit: int) -> None:
+FULL_DISK = """
+import resource, sys
+from scripts.arena import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    made: Path, arena: Path, tmp_path: Path, there: bool
+) -> None:
+    folder = arena if there else tmp_path / "new"
     words = [
-        *("make", str(tmp_path / "arena"), "--prompts", str(made / "prompts.txt"), "--size", "16"),
-        *("--folder", "light", str(made / "light"), "--folder", "dark", str(made / "dark")),
+        *("make", str(folder), "--prompts", str(made / "prompts.txt"), "--size", "16"),
+        *("--folder", "light", str(made / "light"), "--folder", "dim", str(made / "dark")),
     ]
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "scripts" / "arena.py"), *words],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    command = [sys.executable, "-c", FULL_DISK, *words]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 5, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert "free some space" in done.stderr
-    assert not list((tmp_path / "arena").glob("*.part*"))
+    assert_one_line(done.stderr, "free some space and run the same command again")
+    assert not list(folder.glob("*.part*"))
     assert main(words) == 0
+
+
+def test_a_held_database_is_not_called_damaged(arena: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect(arena / "arena.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        assert main(["board", str(arena)]) == 5
+    assert_one_line(capsys.readouterr().err, "another process holds it")
 
 
 def test_folders_are_matched_by_manifest_record_name_or_order(made: Path, tmp_path: Path) -> None:

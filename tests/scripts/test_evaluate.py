@@ -112,6 +112,8 @@ def test_another_evaluation_is_not_written_over(command: Command, capsys: Any) -
     error = capsys.readouterr().err
     assert "out holds another evaluation (" in error.splitlines()[-1]
     assert (Path("out") / CARD).read_bytes() == before
+    shutil.rmtree(Path("out") / "pictures")  # as a replacement that was cut off leaves it
+    (Path("out") / CARD).unlink()
     assert command("evaluate", *WORDS, "out=out", "seed=1", "overwrite=true") == 0
     assert json.loads((Path("out") / CARD).read_text())["made"]["seed"] == 1
 
