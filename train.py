@@ -230,6 +230,13 @@ class Run:
             raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
         #: Ranks that each model is spread over, and how, once there is one to spread.
         self.shards = shards_of(self.trainer, ranks.size)
+        for name in self.names if self.shards > 1 else ():
+            if not self.optimizers[name].takes_parts:
+                raise ConfigError(
+                    f"optimizer.{name.name} works on whole matrices, and trainer.strategy="
+                    f"{self.trainer.strategy.name} spreads them over the ranks; use trainer.strategy=ddp, or "
+                    f"optimizer/{name.name}=adamw optimizer.{name.name}.lr=1e-3"
+                )
         self.sharding: Sharding | None = None
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")

@@ -48,7 +48,7 @@ def begin(folder: Path, request: Mapping[str, Any], overwrite: bool) -> None:
         if not overwrite:
             what = _difference(found, wanted)
             raise ConfigError(f"{folder} holds {what}; give another out=..., or overwrite=true to replace it")
-    # The old request stays until the new one takes its place: a replacement that is cut off can be begun anew.
+    # The old request stays until the new one takes its place: a replacement that was cut off is begun anew.
     for name in (CARD, FEATURES, PAGE, RUN):
         (folder / name).unlink(missing_ok=True)
     if (folder / PICTURES).is_dir():

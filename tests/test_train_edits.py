@@ -132,7 +132,7 @@ def test_a_run_without_its_first_checkpoint_asks_for_the_base(
     [
         (["base=runs/none"], 4, "there is no such run folder or file"),
         (["backbone.channels=[16,32]"], 4, "backbone.channels is [16, 16], here [16, 32]"),
-        (["autoencoder.channels=[8,8]"], 4, "autoencoder.channels is [8, 8, 8], here [8, 8]"),
+        (["autoencoder.channels=[8,8]"], 4, "autoencoder.channels is [8], here [8, 8]"),
         (["stages=[autoencoder]"], 2, "add diffusion"),
         (["data.before=''"], 2, "set both or neither"),
         (["backbone.image_conditioning=false"], 2, "set both or neither"),

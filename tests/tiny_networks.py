@@ -1,8 +1,7 @@
 """Words of train.py for networks so small that a stage takes seconds: what the end-to-end tests share."""
 
 NETWORKS = (
-    "data.resolution=32", "data.workers=0", "autoencoder=f4c4", "optimizer/autoencoder=adamw",
-    "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4",
+    "data.resolution=32", "data.workers=0", "autoencoder.channels=[8]", "autoencoder.norm_groups=4",
     "backbone.channels=[16,16]", "backbone.norm_groups=4", "backbone.head_dim=16",
     "backbone.transformer_depth=[0,1]", "text_encoder.width=16", "text_encoder.layers=1",
     "text_encoder.heads=2", "text_encoder.context_length=12", "trainer.precision=fp32",

@@ -1,4 +1,4 @@
-"""The autoencoder's loss: distance of the pixels plus the KL term of its latents."""
+"""The autoencoder's loss: distances of pixels at full and half size, plus the KL term of its latents."""
 
 import math
 from enum import Enum
@@ -25,6 +25,9 @@ class ReconstructionLoss:
         half_size_weight: on the distance between the pictures at half size and what their latents, made half
             as large, are decoded to. Latents that bear this are smooth like pictures, and easier to learn
             for diffusion (Kouzelis et al. 2025, arXiv 2502.09509: its implicit form, the scale 1/2 alone).
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
     """
 
     def __init__(

@@ -44,6 +44,8 @@ class Muon(OptimizerSettings):
         eps: added to the root of the mean squared gradient.
     """
 
+    takes_parts = False
+
     def __init__(
         self,
         lr: float = 1e-3,

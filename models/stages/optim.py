@@ -15,6 +15,8 @@ class OptimizerSettings(ABC):
     """Interface: settings that can make an optimizer for a network's parameters."""
 
     lr: float
+    #: Whether it can step on parts of weights that are spread over ranks.
+    takes_parts = True
 
     @abstractmethod
     def build(self, network: nn.Module) -> torch.optim.Optimizer:

@@ -101,7 +101,7 @@ def stages(options: Any) -> list[Any]:
     )
     objective = build("objective", CONFIG["objective"])
     return [
-        AutoencoderStage(autoencoder, ReconstructionLoss(), optimizer, plan, here, 0),
+        AutoencoderStage(autoencoder, ReconstructionLoss(half_size_weight=0.5), optimizer, plan, here, 0),
         DiffusionStage(
             frozen, text_encoder, backbone, objective, 0.1, optimizer, plan, here, 0,
             PowerFunctionAverage((0.05, 0.10), snapshot_every_images=BATCH, half=False),

@@ -51,6 +51,17 @@ def test_micro_batches_that_do_not_divide_a_share(attempts: Attempts) -> None:
     )
 
 
+def test_an_optimizer_of_whole_matrices_where_they_are_spread(
+    attempts: Attempts,
+) -> None:
+    words = ("trainer.devices=2", "trainer.strategy=fsdp", "optimizer/autoencoder=muon")
+    assert attempts.refused(2, *words) == (
+        "train.py: optimizer.autoencoder works on whole matrices, and trainer.strategy=fsdp spreads them "
+        "over the ranks; use trainer.strategy=ddp, or optimizer/autoencoder=adamw "
+        "optimizer.autoencoder.lr=1e-3"
+    )
+
+
 def test_an_environment_that_is_no_launchers(attempts: Attempts) -> None:
     said = attempts.refused(5, variables={"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"})
     assert said == (

@@ -30,11 +30,11 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.reached = threading.Event()
-        self.threads: list[str] = []
+        self.writers: list[threading.Thread] = []
         real = module.save_file
 
         def save_file(*args: Any) -> None:
-            self.threads.append(threading.current_thread().name)
+            self.writers.append(threading.current_thread())
             self.reached.set()
             assert self.open.wait(10)
             real(*args)
@@ -73,7 +73,7 @@ def test_training_goes_on_at_once_and_what_it_changes_is_not_written(
     gate.open.set()
     writer.close()
     kit.assert_whole(newest(tmp_path), 7)
-    assert set(gate.threads) == {"checkpoint_0"}
+    assert {each.name for each in gate.writers} == {"checkpoint_0"}
 
 
 def test_no_thread_stays_behind_a_save(
@@ -83,11 +83,10 @@ def test_no_thread_stays_behind_a_save(
     gate = Gate(monkeypatch)
     writer.save(1, *kit.content(1))
     assert gate.reached.wait(10)
-    (thread,) = (each for each in threading.enumerate() if each.name == gate.threads[0])
     gate.open.set()
     settle(writer)
-    thread.join(10)
-    assert not thread.is_alive()
+    gate.writers[0].join(10)
+    assert not gate.writers[0].is_alive()
 
 
 def test_one_is_in_flight_at_most(
@@ -104,7 +103,7 @@ def test_one_is_in_flight_at_most(
     assert writer.save(3, *kit.content(3), wait=True) == tmp_path / "images-000000000003"
     assert kit.numbers(tmp_path) == [2, 3]
     kit.assert_whole(Checkpoint(tmp_path / "images-000000000002"), 2)
-    assert gate.threads[-2:] == [threading.current_thread().name] * 2  # in place
+    assert gate.writers[-2:] == [threading.current_thread()] * 2  # in place
     opener.join()
 
 

@@ -27,6 +27,7 @@ from models.stages.estimate import (
     show_estimate,
     smallest_card,
 )
+from models.stages.losses import half
 
 PROJECT = Path(__file__).resolve().parents[3]
 LARGE = ["text_encoder=vit_b_32", "autoencoder=sd", "data.resolution=512"]
@@ -129,19 +130,27 @@ def test_hours_and_dollars_by_hand() -> None:
     assert " on 1" not in in_hours(1e15, 10, 1)
 
 
+@pytest.mark.parametrize("half_size_weight", [0.0, 0.5])
 def test_the_autoencoders_work_is_that_of_real_tensors(
-    tiny: tuple[dict[str, Any], Anatomy], capsys: pytest.CaptureFixture[str]
+    tiny: tuple[dict[str, Any], Anatomy], capsys: pytest.CaptureFixture[str], half_size_weight: float
 ) -> None:
     config, anatomy = tiny
-    autoencoder, side = build_networks(config)[0], config["data"]["resolution"]
+    autoencoder, side = build_networks(config)[0], 4 * config["data"]["resolution"]
+    config = config | {
+        "reconstruction": {"half_size_weight": half_size_weight},
+        "data": config["data"] | {"resolution": side},
+    }
     with FlopCounterMode(display=False) as counter:
-        decoded = autoencoder.decode(autoencoder.encode(torch.zeros(1, 3, side, side))[:, :4])
-        decoded.square().mean().backward()
+        latents = autoencoder.encode(torch.zeros(1, 3, side, side))[:, :4]
+        loss = autoencoder.decode(latents).square().mean()
+        if half_size_weight:
+            loss = loss + autoencoder.decode(half(latents)).square().mean()
+        loss.backward()
     show_autoencoder(config, 1_000_000, 1)
     counted = float(capsys.readouterr().out.split(" GFLOP")[0].split()[-1].replace(",", "")) * 1e9
     # Three times what is walked forwards; the first layer has no picture to learn for.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert anatomy.flops["autoencoder"] < counted / 3
+    assert anatomy.flops["autoencoder"] * 16 < counted / 3  # for a picture of a quarter of the side
 
 
 def test_cards() -> None:
@@ -175,11 +184,10 @@ def test_the_command_prints_a_table_and_begins_nothing(tmp_path: Path) -> None:
         str(PROJECT / "train.py"),
         "plan=true",
         "devices=8",
-        "plan.diffusion.batch_size=16",
         f"folder={tmp_path / 'runs'}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "hsdp 2x4" in done.stdout
-    assert "8 devices, 16 images a step, 2 at a time" in done.stdout
+    assert "8 devices, 32 images a step, 4 at a time" in done.stdout
     assert list(tmp_path.iterdir()) == []
