@@ -15,7 +15,6 @@ import errno
 import json
 import logging
 import signal
-import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +27,7 @@ if __package__ in (None, ""):
 from data.arrays import write_atomic
 from data.shard_index import DataError
 from evaluation.arena.board import Row, leaderboard
+from evaluation.arena.database import Unusable, remedy
 from evaluation.arena.store import ArenaStore, Entrant, rebuild
 from models.checkpoint import CheckpointError
 from models.registry import ConfigError
@@ -38,13 +38,6 @@ if TYPE_CHECKING:
 USAGE, DATA, CHECKPOINT, ENVIRONMENT, NUMERICAL, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 6, 130, 143
 PORT = 8017
 _FULL = "free some space and run the same command again: no vote and no picture is lost"
-#: What to do about an error of the database, by its primary code.
-_DATABASE = {
-    sqlite3.SQLITE_BUSY: "another process holds it: wait until that has ended",
-    sqlite3.SQLITE_READONLY: "give yourself the right to write there",
-    sqlite3.SQLITE_CANTOPEN: "check that it can be read and written",
-    sqlite3.SQLITE_ERROR: "it is no arena of this version: make another one",
-}
 
 
 class Terminated(BaseException):
@@ -110,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     codes: list[tuple[type[BaseException], int]] = [
         *((ConfigError, USAGE), (DataError, DATA), (CheckpointError, CHECKPOINT), (OSError, ENVIRONMENT)),
-        *((sqlite3.OperationalError, ENVIRONMENT), (FloatingPointError, NUMERICAL)),
+        *((Unusable, ENVIRONMENT), (FloatingPointError, NUMERICAL)),
         *((KeyboardInterrupt, INTERRUPTED), (Terminated, TERMINATED)),
     ]
     verbs = {"make": make, "serve": serve, "board": board, "export": export, "rebuild": _rebuild}
@@ -125,10 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             hint = _FULL if full else "check that the path exists and can be written"
             text = f"{error.filename or 'writing failed'}: {error.strerror}; {hint}"
-        elif isinstance(error, sqlite3.OperationalError):
-            code_of_it = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
-            hint = _DATABASE.get(code_of_it, f"the disk is full or fails: {_FULL}")
-            text = f"{args.arena}: {text}; {hint}"
+        elif isinstance(error, Unusable):
+            text = f"{args.arena}: {text}; {remedy(error) or f'the disk is full or fails: {_FULL}'}"
         if code in (INTERRUPTED, TERMINATED):
             text = "stopped; no vote and no picture is lost, the same command goes on"
         print(f"arena.py: {text}", file=sys.stderr)

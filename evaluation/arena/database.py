@@ -9,6 +9,8 @@ from pathlib import Path
 
 from data.shard_index import DataError
 
+#: The system is in the way of the database, which may be whole.
+Unusable = sqlite3.OperationalError
 VERSION = 1
 APPLICATION = 0x46A2E4A1
 SCHEMA = """
@@ -81,6 +83,17 @@ def connect(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def remedy(error: Unusable) -> str | None:
+    """What to do about an error that is no damage; None where the disk is full or fails."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF  # the primary one
+    return {
+        sqlite3.SQLITE_BUSY: "another process holds it: wait until that has ended",
+        sqlite3.SQLITE_READONLY: "give yourself the right to write there",
+        sqlite3.SQLITE_CANTOPEN: "check that it can be read and written",
+        sqlite3.SQLITE_ERROR: "it is no arena of this version: make another one",
+    }.get(code)
 
 
 def check(path: Path, database: sqlite3.Connection) -> None:
