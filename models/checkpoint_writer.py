@@ -135,9 +135,13 @@ class CheckpointWriter:
         # own, and where there are more of them than cores OpenMP no longer waits actively: from its first
         # save to its end every step of a training on two threads took 1.5 to 1.8 times as long.
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        job = thread.submit(save_checkpoint, self.parent, images, self._buffers, plain, self.retention, best)
+        work = (self.parent, images, self._buffers, plain, self.retention, best)
+        try:
+            self._flying = images, thread.submit(save_checkpoint, *work)
+        except RuntimeError as error:  # the system has no thread to give: a failure like any other
+            self._failed(images, OSError(str(error)))
+            logger.warning("%s; training goes on", self._reason)
         thread.shutdown(wait=False)
-        self._flying = images, job
         return None
 
     def due(self, images: int) -> bool:

@@ -89,6 +89,26 @@ def test_no_thread_stays_behind_a_save(
     assert not gate.writers[0].is_alive()
 
 
+def test_without_a_thread_to_be_had_it_is_a_failed_save(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kit: Any,
+    writer: CheckpointWriter,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        assert writer.save(1, *kit.content(1)) is None
+    assert "can't start new thread (failure 1 of 3 in a row); training goes on" in caplog.text
+    assert writer.due(101)
+    writer.save(101, *kit.content(101))
+    writer.close()
+    kit.assert_whole(newest(tmp_path), 101)
+
+
 def test_one_is_in_flight_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kit: Any, writer: CheckpointWriter
 ) -> None:
