@@ -79,7 +79,7 @@ def test_training_goes_on_at_once_and_what_it_changes_is_not_written(
 def test_no_thread_stays_behind_a_save(
     monkeypatch: pytest.MonkeyPatch, kit: Any, writer: CheckpointWriter
 ) -> None:
-    """An idle one that has computed in parallel makes every later step of a training take twice as long."""
+    """An idle one that has computed in parallel slows every later step of a training on several threads."""
     gate = Gate(monkeypatch)
     writer.save(1, *kit.content(1))
     assert gate.reached.wait(10)
