@@ -133,7 +133,7 @@ def test_sums_across_ranks_are_those_of_the_tree(bucket: int, monkeypatch: pytes
     def add(ranks: Threads) -> tuple[list[Tensor], int]:
         mine = [tensor.clone() for tensor in every[ranks.rank]]
         add_across(mine, ranks)
-        return mine, ranks.table.sent
+        return mine, sum(ranks.table.sent)
 
     results = together(4, add)
     for mine, _ in results:

@@ -19,7 +19,8 @@ class Table:
 
     size: int
     held: dict[int, Any] = field(default_factory=dict)
-    sent: int = 0
+    #: Bytes of each message; appended to, as adding to a number is not one step and threads would lose some.
+    sent: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=30)
@@ -43,11 +44,11 @@ class Threads(Ranks):
         return [list(row) for row in self.table.exchange(self.rank, values)]
 
     def swap(self, rows: Tensor) -> Tensor:
-        self.table.sent += rows[1:].nbytes
+        self.table.sent.append(rows[1:].nbytes)
         return torch.stack([every[self.rank] for every in self.table.exchange(self.rank, rows.clone())])
 
     def collect(self, part: Tensor) -> Tensor:
-        self.table.sent += part.nbytes * (self.size - 1)
+        self.table.sent.append(part.nbytes * (self.size - 1))
         return torch.cat(self.table.exchange(self.rank, part.clone()))
 
 
