@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import attention
 from models.float8 import Linear
-from models.fused import Geglu, GroupNorm, first_order, in_training
+from models.fused import Geglu, GroupNorm
 from models.winograd import Conv2d
-
-# The CPU's fused attention is slow backwards in 16 bits: written out it trains 4 to 10 times faster on 64
-# tokens and 1.4 times on 256, but all Lq x Lk scores are there at once. Forward alone or in float32 fused is
-# faster.
-EXPLICIT_MAX = 1024 * 1024
 
 
 def zero_init(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
@@ -45,49 +41,6 @@ def noise_embedding(c_noise: Tensor, width: int) -> Tensor:
     exponent = torch.arange(half, device=c_noise.device, dtype=torch.float32) / half
     angle = c_noise.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention [B heads Lq d] of `query` [B heads Lq d] over `key` and `value` [B heads Lk d].
-
-    `mask` is bool, broadcastable to [B heads Lq Lk], True where a key may be seen, or None. Every query must
-    see at least one key.
-    """
-    small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
-    if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
-        if in_training():
-            return WrittenOutAttention.apply(query, key, value, mask)
-        return attention_weights(query, key, mask) @ value
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-
-
-def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """How much each query looks at each key, [B heads Lq Lk], rows that add up to 1; arguments as above."""
-    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(dim=3)
-
-
-class WrittenOutAttention(torch.autograd.Function):
-    """`attention` by products of matrices, which keeps its inputs and not its weights: these are made again
-    in the backward pass, where one layer's are there at a time and not those of all (as Dao et al. 2022,
-    arXiv:2205.14135, section 3.1, do on a GPU)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The attention [B heads Lq d]."""
-        ctx.save_for_backward(query, key, value, mask)
-        return attention_weights(query, key, mask) @ value
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `query`, `key` and `value`."""
-        first_order()
-        query, key, value, mask = ctx.saved_tensors
-        weights, scale = attention_weights(query, key, mask), query.shape[3] ** -0.5
-        of_value = weights.transpose(2, 3) @ gradients[0]
-        of_weights = gradients[0] @ value.transpose(2, 3)
-        of_scores = torch._softmax_backward_data(of_weights, weights, 3, weights.dtype)
-        return (of_scores @ key) * scale, of_scores.transpose(2, 3) @ (query * scale), of_value, None
 
 
 class Block(nn.Module, ABC):
@@ -170,6 +123,8 @@ class ResidualBlock(Block):
 class Attention(nn.Module):
     """Multi-head attention [B Lq D] of tokens over a context of width `context_width` (D: self-attention)."""
 
+    native = False
+
     def __init__(self, width: int, heads: int, context_width: int, bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
@@ -184,7 +139,7 @@ class Attention(nn.Module):
             states.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for states in (self.query(x), self.key(context), self.value(context))
         )
-        return self.out(attention(query, key, value, mask).transpose(1, 2).flatten(2))
+        return self.out(attention(query, key, value, mask, self.native).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from models.kernels import Shape, kernels
+from models.kernels import Shape, kernels, operation
 
 _SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels may compute on `x`."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _SUFFIX
-        and in_training()
-        and type(x) in (Tensor, nn.Parameter)
-        and kernels() is not None
-    )
+    """Whether the kernels may compute on `x`, where `native` says that they are there."""
+    return x.device.type == "cpu" and x.dtype in _SUFFIX and in_training() and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` is a tensor with memory of its own and not something that behaves like one."""
+    return torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and kernels() is not None)
 
 
 def in_training() -> bool:
-    """Whether all that is wanted are first derivatives by the backward pass, in eager mode."""
+    """Whether all that is wanted are first derivatives by the backward pass."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
     return (
         torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -116,36 +116,22 @@ class NormSilu(torch.autograd.Function):
         silu: bool,
     ) -> Tensor:
         """The feature map, in the type and layout of `x`."""
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        x = x if last else x.contiguous()
-        before = None if before is None else before.contiguous()
-        gain, bias = gain.contiguous(), bias.contiguous()
-        samples, channels = x.shape[:2]
-        positions = x.shape[2] * x.shape[3]
-        shape = Shape(samples, channels, positions, groups, channels if gain.ndim == 2 else 0)
-        y = torch.empty_like(x)
-        mean, scale = (x.new_empty(samples, groups, dtype=torch.float32) for _ in range(2))
-        _call("norm_forward", x, ctypes.byref(shape), ctypes.c_float(eps), x, before, gain, bias, y, mean,
-              scale, last, silu)  # fmt: skip
+        y, mean, scale = torch.ops.firstlight.norm_forward(x, before, gain, bias, groups, eps, silu)
         ctx.save_for_backward(x, before, gain, bias, mean, scale)
-        ctx.shape, ctx.last, ctx.silu = shape, last, silu
+        ctx.silu = silu
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of `x`, `before`, `gain` and `bias`."""
         first_order()
-        x, before, gain, bias, mean, scale = ctx.saved_tensors
-        layout = torch.channels_last if ctx.last else torch.contiguous_format
-        up = gradients[0].to(x.dtype).contiguous(memory_format=layout)
-        of_x = torch.empty_like(x)
-        of_before = None if before is None else torch.empty_like(before)
-        of_gain, of_bias = (gain.new_empty(x.shape[:2]) for _ in range(2))
-        _call("norm_backward", x, ctypes.byref(ctx.shape), x, before, gain, bias, mean, scale, up, of_x,
-              of_before, of_gain, of_bias, ctx.last, ctx.silu)  # fmt: skip
+        _, before, gain, _, _, _ = ctx.saved_tensors
+        of_x, of_before, of_gain, of_bias = torch.ops.firstlight.norm_backward(
+            *ctx.saved_tensors, gradients[0], ctx.silu
+        )
         if gain.ndim == 1:
             of_gain, of_bias = of_gain.sum(0), of_bias.sum(0)
-        return of_x, of_before, of_gain, of_bias, None, None, None
+        return of_x, None if before is None else of_before, of_gain, of_bias, None, None, None
 
 
 class GatedGelu(torch.autograd.Function):
@@ -154,21 +140,91 @@ class GatedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """The gated values [.. D] of `x` [.. 2D]."""
-        x = x.contiguous()
-        width = x.shape[-1] // 2
-        y = x.new_empty(*x.shape[:-1], width)
-        _call("gate_forward", x, *_rows(x), x, y)
         ctx.save_for_backward(x)
-        return y
+        return torch.ops.firstlight.gate_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         """The gradient of `x`."""
         first_order()
-        (x,) = ctx.saved_tensors
-        of_x = torch.empty_like(x)
-        _call("gate_backward", x, *_rows(x), x, gradients[0].to(x.dtype).contiguous(), of_x)
-        return of_x
+        return torch.ops.firstlight.gate_backward(*ctx.saved_tensors, gradients[0])
+
+
+Norm = tuple[Tensor, Tensor, Tensor]
+Slopes = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """That of a feature map's kernels: channels-last where `x` is that."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _shape(x: Tensor, gain: Tensor, groups: int) -> Any:
+    """What a norm's kernel is told of `x` [B C h w]."""
+    samples, channels, height, width = x.shape
+    own = channels if gain.ndim == 2 else 0
+    return ctypes.byref(Shape(samples, channels, height * width, groups, own))
+
+
+def _made_by_norm(x: Tensor, groups: int) -> Norm:
+    """Room for what a norm returns: its output, and mean and scale of every group."""
+    y = torch.empty_like(x, memory_format=_layout(x))
+    mean, scale = (x.new_empty(len(x), groups, dtype=torch.float32) for _ in range(2))
+    return y, mean, scale
+
+
+def _norm_forward(
+    x: Tensor, before: Tensor | None, gain: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> Norm:
+    layout = _layout(x)
+    x = x.contiguous(memory_format=layout)
+    before = None if before is None else before.contiguous()
+    found = _made_by_norm(x, groups)
+    _call("norm_forward", x, _shape(x, gain, groups), ctypes.c_float(eps), x, before, gain.contiguous(),
+          bias.contiguous(), *found, layout is torch.channels_last, silu)  # fmt: skip
+    return found
+
+
+def _slopes_of_norm(x: Tensor, before: Tensor | None) -> Slopes:
+    """Room for the gradients of a norm's inputs; those of gain and bias are of each sample."""
+    of_x = torch.empty_like(x, memory_format=_layout(x))
+    of_before = x.new_empty(0 if before is None else before.shape, dtype=torch.float32)
+    of_gain, of_bias = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return of_x, of_before, of_gain, of_bias
+
+
+def _norm_backward(
+    x: Tensor,
+    before: Tensor | None,
+    gain: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    up: Tensor,
+    silu: bool,
+) -> Slopes:
+    layout, groups = _layout(x), mean.shape[1]
+    x, up = x.contiguous(memory_format=layout), up.to(x.dtype).contiguous(memory_format=layout)
+    before = None if before is None else before.contiguous()
+    of_x, of_before, of_gain, of_bias = found = _slopes_of_norm(x, before)
+    _call("norm_backward", x, _shape(x, gain, groups), x, before, gain.contiguous(), bias.contiguous(), mean,
+          scale, up, of_x, None if before is None else of_before, of_gain, of_bias,
+          layout is torch.channels_last, silu)  # fmt: skip
+    return found
+
+
+def _gate_forward(x: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    _call("gate_forward", x, *_rows(x), x.contiguous(), y)
+    return y
+
+
+def _gate_backward(x: Tensor, up: Tensor) -> Tensor:
+    x = x.contiguous()
+    of_x = torch.empty_like(x)
+    _call("gate_backward", x, *_rows(x), x, up.to(x.dtype).contiguous(), of_x)
+    return of_x
 
 
 def _rows(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
@@ -186,3 +242,27 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
         for each in arguments
     ]  # fmt: skip
     getattr(library, f"{name}_{_SUFFIX[like.dtype]}")(*given, ctypes.c_int(torch.get_num_threads()))
+
+
+operation(
+    "norm_forward(Tensor x, Tensor? before, Tensor gain, Tensor bias, int groups, float eps, bool silu)"
+    " -> (Tensor, Tensor, Tensor)",
+    _norm_forward,
+    lambda x, before, gain, bias, groups, eps, silu: _made_by_norm(x, groups),
+)
+operation(
+    "norm_backward(Tensor x, Tensor? before, Tensor gain, Tensor bias, Tensor mean, Tensor scale, Tensor up,"
+    " bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    _norm_backward,
+    lambda x, before, gain, bias, mean, scale, up, silu: _slopes_of_norm(x, before),
+)
+operation(
+    "gate_forward(Tensor x) -> Tensor",
+    _gate_forward,
+    lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
+)
+operation(
+    "gate_backward(Tensor x, Tensor up) -> Tensor",
+    _gate_backward,
+    lambda x, up: torch.empty_like(x, memory_format=torch.contiguous_format),
+)

@@ -13,21 +13,40 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "winograd.cpp"))
+import torch
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "winograd.cpp", "attention.cpp"))
 #: Neither flag lets numbers that are not finite pass for others, which the guard of the training looks for.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILERS = ("g++", "c++", "clang++")
 #: Seconds after which a compiler is given up.
 PATIENCE = 300.0
 
+_OPERATIONS = torch.library.Library("firstlight", "DEF")
+
 
 class Shape(ctypes.Structure):
     """Of a feature map: samples, channels, positions, groups; channels or 0 from one gain to the next."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("samples", "channels", "positions", "groups", "row"))
+
+
+def operation(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes `function` one of `torch.ops.firstlight`, which compiled networks call as it is.
+
+    Args:
+        schema: name, arguments and results, as torch writes them.
+        function: computes it on a CPU.
+        fake: makes results of the right shape, type and layout without computing.
+    """
+    name = _OPERATIONS.define(schema)
+    _OPERATIONS.impl(name, function, "CPU")
+    torch.library.register_fake(f"firstlight::{name}", fake, lib=_OPERATIONS)
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import Block, attention
+from models.attention import attention
+from models.blocks import Block
 from models.conditioning import Conditioning
 from models.float8 import Linear
 

@@ -19,7 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from models.blocks import Block
+from models.attention import has_tiles
+from models.blocks import Attention, Block
 from models.float8 import Linear
 from models.fused import Geglu, GroupNorm
 from models.kernels import kernels
@@ -185,7 +186,7 @@ class Compute:
     recompute: bool = False
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
-    #: Norms, gates and 3x3 convolutions go through the machine's own kernels while they are trained.
+    #: Norms, gates, attention and 3x3 convolutions go through the machine's own kernels in training.
     native: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -233,6 +234,8 @@ class Compute:
                 module.float8 = self.fp8
             if isinstance(module, GroupNorm | Geglu | Conv2d):
                 module.native = self.native
+            if isinstance(module, Attention):
+                module.native = self.native and has_tiles()
         for block in blocks:
             block.recompute = self.recompute
             block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
@@ -255,8 +258,8 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
     Channels-last everywhere; on a GPU bfloat16 and compiled, on a CPU bfloat16 where it multiplies that, else
-    float32. Norms, gates and 3x3 convolutions go through kernels compiled for the machine where it can
-    compile them.
+    float32. Norms, gates, attention and 3x3 convolutions go through kernels compiled for the machine where it
+    can compile them.
 
     Args:
         options: what the user fixed.
@@ -285,7 +288,6 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
         by_block=options.compile is Switch.blocks or options.strategy in (Strategy.fsdp, Strategy.hsdp),
         recompute=options.checkpoint_activations,
         fp8=fp8,
-        # Compiled networks fuse what the kernels do; they are for those that are not.
         native=not on_gpu and kernels() is not None,
     )
     if before is None or not _is_kept(options, before):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from models import fused, kernels
+from models.blocks import ResidualBlock
 from models.fused import GatedGelu, Geglu, GroupNorm, NormSilu
 
 C, GROUPS = 12, 4
@@ -207,3 +208,27 @@ def test_a_cache_that_others_may_write_to_is_not_used(
     assert kernels.cache_folder() == tmp_path / "firstlight"
     (tmp_path / "firstlight").chmod(0o777)
     assert kernels.cache_folder() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale_shift", [True, False])
+def test_native_layers_go_through_the_compiler_in_one_piece(scale_shift: bool) -> None:
+    """Traced as `torch.compile` does, without the minute that its code takes to build."""
+    block, gate = ResidualBlock(C, 2 * C, GROUPS, 1e-5, 8, scale_shift), Geglu()
+    torch.nn.init.normal_(block.conv_out.weight, std=0.1)
+    for layer in (*block.modules(), gate):
+        layer.native = True
+
+    def call(x: Tensor, time: Tensor) -> Tensor:
+        return gate(block(x, time).permute(0, 2, 3, 1))
+
+    def outcomes(call: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        x = made(2, C, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+        block.zero_grad()
+        y = call(x, made(2, 8))
+        y.square().sum().backward()
+        return [y, x.grad, *(each.grad.clone() for each in block.parameters())]
+
+    eager, compiled = outcomes(call), outcomes(torch.compile(call, backend="aot_eager", fullgraph=True))
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs)
