@@ -2,13 +2,14 @@
 
 Both arms learn on the latents of one finished autoencoder, from the same shards, with as many parameters
 (`quality_arms.py`), a process each. First both get the same sweep of three learning rates, a short training
-each, of which the best by adherence and then distance is taken. Then the recipe is trained for the whole
-budget, with several seeds, and sampled with the best of three guidance scales by the same order: the median
-of what it reaches at its end is the target, fixed before ours is measured. Ours is trained for shorter and
-shorter horizons with the seed of the sweep, until it misses the target; the shortest that reached it is that
-of the reported seeds. A seed that misses it is trained anew for the next longer one, and both trainings
-count. Reached is the target at the first point whose adherence and distance are both as good, with the one
-of the same scales that is nearest to it. Rates and scales are chosen on prompts of their own.
+each, of which the best is taken: by adherence, and among those within a point of the best by distance. Then
+the recipe is trained for the whole budget, with several seeds, and sampled with the best of three guidance
+scales by the same order: the median of what it reaches at its end is the target, fixed before ours is
+measured. Ours is trained for shorter and shorter horizons with the seed of the sweep, until it misses the
+target; the shortest that reached it is that of the reported seeds. A seed that misses it is trained anew for
+the next longer one, and both trainings count. The target is reached where adherence and distance are both as
+good at the end of a training, with the one of the same scales that is nearest to it. Rates and scales are
+chosen on prompts of their own.
 
 An arm's spread over seeds is the error: `aa` is by how much the recipe's own seeds differ in the time to the
 target. Everything lies in a folder: a measurement that was stopped goes on with the same command, and its
@@ -68,7 +69,7 @@ def quality(
     Args:
         minutes: the recipe's budget.
         seeds: trainings of each arm.
-        points: of each training at which pictures are judged, evenly to its end.
+        points: of each of the recipe's trainings at which pictures are judged, evenly to its end.
         pictures: that are judged.
         clock: wall, or cpu where other work shares the machine.
         threads: of torch.
@@ -160,7 +161,7 @@ class Report:
         """Adds one seed of each arm with the other's patches: how much of the gain they are."""
         measurement = self.measurement
         chosen, ours = self.chosen[RECIPE.name], self.chosen[OURS.name]
-        self.tried.append(measurement.first(PATCHED, chosen, 0, 1.0, self.target))
+        self.tried.append(measurement.ended(PATCHED, chosen, 0, 1.0, self.target))
         self.tried += measurement.climb(UNPATCHED, ours, 0, self.figures["horizon"], self.target)
 
     def findings(self) -> Findings:

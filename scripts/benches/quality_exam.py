@@ -47,11 +47,6 @@ class Score:
         wanting = target.adherence / self.adherence if self.adherence else math.inf
         return max(wanting if target.adherence else 0.0, self.distance / target.distance)
 
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Larger is better: adherence to a hundredth first, then distance."""
-        return round(self.adherence, 2), -self.distance
-
     def document(self) -> dict[str, float]:
         """Both, as JSON."""
         return {name: round(value, 5) for name, value in asdict(self).items()}

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Trai
 #: the rates' training.
 RATES = (1.0, 0.5, 2.0)
 SCALES = (3.0, 2.0, 4.5)
+#: Adherences so near to each other are alike, and distance decides.
+ALIKE = 0.01
 #: The budget of a training in the sweep, and our horizons, as shares of the recipe's budget.
 SWEEP_SHARE = 1 / 4
 HORIZONS = (1 / 48, 1 / 32, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
@@ -49,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tried:
-    """The first point of a training at the target, or its end where it never was there (`reached` is false).
+    """A training of a seed up to one of its points, and whether it is at the target there.
 
     `horizon` is the share of the recipe's budget that the training was made for, `scale` that of guidance.
     """
@@ -113,7 +115,8 @@ class Measurement:
 
     def trained(self, arm: Arm, rate: float, seed: int, share: float) -> Trained:
         """A training of `arm` for `share` of the budget, made now unless it was."""
-        found, points = self.probed(arm), self.settings.points
+        # A schedule that is made for its horizon is at nothing before its end.
+        found, points = self.probed(arm), 1 if arm.by_images else self.settings.points
         seconds = 60 * self.settings.minutes * share
         images = 0
         if arm.by_images:  # as many as the seconds are expected to hold
@@ -156,10 +159,10 @@ class Measurement:
         """
         swept = {rate: self.trained(arm, rate, SWEEP_SEED, SWEEP_SHARE) for rate in RATES}
         rates = {rate: self.score(trained, -1, SCALES[0], TUNING) for rate, trained in swept.items()}
-        best = max(rates, key=lambda rate: rates[rate].rank)
+        best = best_of(rates)
         tuned = swept[best] if share == SWEEP_SHARE else self.trained(arm, best, 0, share)
         scales = {scale: self.score(tuned, -1, scale, TUNING) for scale in SCALES}
-        scale = max(scales, key=lambda scale: scales[scale].rank)
+        scale = best_of(scales)
         told = {f"rate x{each:g}": found.document() for each, found in rates.items()}
         told |= {f"scale {each:g}": found.document() for each, found in scales.items()}
         return Choice(best, scale, told)
@@ -173,15 +176,12 @@ class Measurement:
             statistics.median(each.distance for each in found),
         )
 
-    def first(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
-        """The first point at the target of a training of `arm` for the share `horizon` of the budget."""
+    def ended(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
+        """A training of `arm` for the share `horizon` of the budget, examined at its end."""
         trained = self.trained(arm, chosen.rate, seed, horizon)
-        for number, point in enumerate(trained.points):
-            scale = self.nearest(trained, number, target)
-            score = self.score(trained, number, scale, PROMPTS)
-            if score.reaches(target):
-                return Tried(arm.name, seed, horizon, point, score, scale, True)
-        return Tried(arm.name, seed, horizon, point, score, scale, False)
+        scale = self.nearest(trained, -1, target)
+        score = self.score(trained, -1, scale, PROMPTS)
+        return Tried(arm.name, seed, horizon, trained.points[-1], score, scale, score.reaches(target))
 
     def nearest(self, trained: Trained, point: int, target: Score) -> float:
         """The guidance scale that brings a training nearest to the target at a point, on the tuning prompts.
@@ -215,7 +215,7 @@ class Measurement:
         start = HORIZONS.index(SWEEP_SHARE)
 
         def reached(place: int) -> bool:
-            return self.first(arm, chosen, SWEEP_SEED, HORIZONS[place], target).reached
+            return self.ended(arm, chosen, SWEEP_SEED, HORIZONS[place], target).reached
 
         if reached(start):
             while start > 0 and reached(start - 1):
@@ -229,7 +229,17 @@ class Measurement:
         """Trainings of `seed`, from `horizon` to longer ones, up to the first that reaches the target."""
         tried = []
         for share in HORIZONS[HORIZONS.index(horizon) :]:
-            tried.append(self.first(arm, chosen, seed, share, target))
+            tried.append(self.ended(arm, chosen, seed, share, target))
             if tried[-1].reached:
                 break
         return tried
+
+
+def best_of(scores: Mapping[float, Score]) -> float:
+    """The key of the nearest distance among the adherences that are like the best.
+
+    Guidance buys the last hundredths of adherence with a distance that then is no target at all.
+    """
+    least = max(score.adherence for score in scores.values()) - ALIKE
+    alike = {key: score.distance for key, score in scores.items() if score.adherence >= least}
+    return min(alike, key=lambda key: alike[key])

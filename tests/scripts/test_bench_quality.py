@@ -20,7 +20,7 @@ from scripts import bench
 from scripts.benches.quality import quality, spread
 from scripts.benches.quality_arms import ARMS, OURS, PATCHED, RECIPE, UNPATCHED, scaled
 from scripts.benches.quality_exam import Score
-from scripts.benches.quality_measurement import HORIZONS, Choice, Measurement, Settings, Tried
+from scripts.benches.quality_measurement import HORIZONS, Choice, Measurement, Settings, Tried, best_of
 from scripts.benches.quality_train import ClockKind, Point, Spent, Stopwatch, Training
 from scripts.benches.recipe import Recipe
 
@@ -129,7 +129,13 @@ def test_both_figures_have_to_reach_the_target() -> None:
     assert Score(0.9, 30.0).shortfall(TARGET) == 1.5
     assert Score(0.0, 1.0).shortfall(TARGET) == math.inf
     assert Score(0.0, 1.0).shortfall(Score(0.0, 2.0)) == 0.5
-    assert Score(0.501, 20.0).rank > Score(0.499, 25.0).rank
+
+
+def test_the_best_is_the_nearest_of_those_that_are_as_adherent() -> None:
+    scores = {2.0: Score(0.87, 43.0), 3.0: Score(0.953, 140.0), 4.5: Score(0.961, 419.0)}
+    assert best_of(scores) == 3.0
+    assert best_of({**scores, 4.5: Score(0.99, 419.0)}) == 4.5
+    assert best_of({1.0: Score(0.0, 60.0), 2.0: Score(0.0, 50.0)}) == 2.0
 
 
 def make_measurement(folder: Path, **changed: Any) -> Measurement:
@@ -143,11 +149,11 @@ def make_measurement(folder: Path, **changed: Any) -> Measurement:
 def test_the_shortest_horizon_at_the_target_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: float
 ) -> None:
-    def first(self: Measurement, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
+    def ended(self: Measurement, arm: Any, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         reached = horizon >= needed
         return Tried(arm.name, seed, horizon, Point("", 1, 1.0, 1.0, 0.0, 0.0), target, 3.0, reached)
 
-    monkeypatch.setattr(Measurement, "first", first)
+    monkeypatch.setattr(Measurement, "ended", ended)
     measurement = make_measurement(tmp_path)
     found = measurement.horizon(OURS, CHOICE, TARGET)
     assert found == next((share for share in HORIZONS if share >= needed), HORIZONS[-1])
