@@ -37,42 +37,61 @@ INLINE void put(bf16 &to, float value) {  // to the nearest, ties to even; not a
     to.bits = uint16_t(value != value ? 0x7fc0u : rounded);
 }
 
-// exp(x) for x in [-87, 88], beyond which it stays at its ends; 2 units in the last place.
+// exp(x) for x in [-87, 88], beyond which it stays at its ends. As exact as T can tell: to 2 units in the last
+// place of a float, or to 1e-4, a twentieth of what bfloat16 rounds.
+template <class T>
 INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = std::fma(n, -0.693359375f, x);
-    r = std::fma(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;  // the minimax polynomial of Cephes (Moshier 1992)
-    p = std::fma(p, r, 1.3981999507e-3f);
-    p = std::fma(p, r, 8.3334519073e-3f);
-    p = std::fma(p, r, 4.1665795894e-2f);
-    p = std::fma(p, r, 1.6666665459e-1f);
-    p = std::fma(p, r, 5.0000001201e-1f);
-    p = std::fma(p, r * r, r + 1.0f);
+    float n = __builtin_rintf(x * 1.44269504f), p;
+    if (sizeof(T) == sizeof(float)) {
+        float r = std::fma(n, -0.693359375f, x);
+        r = std::fma(n, 2.12194440e-4f, r);
+        p = 1.9875691500e-4f;  // the minimax polynomial of Cephes (Moshier 1992)
+        p = std::fma(p, r, 1.3981999507e-3f);
+        p = std::fma(p, r, 8.3334519073e-3f);
+        p = std::fma(p, r, 4.1665795894e-2f);
+        p = std::fma(p, r, 1.6666665459e-1f);
+        p = std::fma(p, r, 5.0000001201e-1f);
+        p = std::fma(p, r * r, r + 1.0f);
+    } else {
+        float r = std::fma(x, 1.44269504f, -n);  // 2^r on [-1/2, 1/2], a minimax fit
+        p = 5.51716685e-2f;
+        p = std::fma(p, r, 2.42611125e-1f);
+        p = std::fma(p, r, 6.93260968e-1f);
+        p = std::fma(p, r, 9.99928057e-1f);
+    }
     return p * as<float>(uint32_t(int32_t(n) + 127) << 23);
 }
 
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+template <class T>
+INLINE float sigmoid(float x) {
+    return 1.0f / (1.0f + exponential<T>(-x));
+}
 
 // The normal distribution's Phi(x), and exp(-x*x/2) beside it. The form is that of Abramowitz and Stegun
-// 1964, 7.1.26, of a higher degree: Phi(-|x|) = exp(-x*x/2) * P(t), t = 1 / (1 + 0.3*|x|),
+// 1964, 7.1.26, of another degree: Phi(-|x|) = exp(-x*x/2) * P(t), t = 1 / (1 + 0.3*|x|),
 // with a minimax fit of P without a constant term.
+template <class T>
 INLINE float normal_share(float x, float &bell) {
-    float z = std::fabs(x);
-    float t = 1.0f / std::fma(0.3f, z, 1.0f);
-    bell = exponential(-0.5f * x * x);
-    float p = 0.0361966286f;  // relative error below 2e-7
-    p = std::fma(p, t, -0.159385259f);
-    p = std::fma(p, t, 0.210129593f);
-    p = std::fma(p, t, -0.057176957f);
-    p = std::fma(p, t, 0.130421153f);
-    p = std::fma(p, t, 0.0993458099f);
-    p = std::fma(p, t, 0.120845724f);
-    p = std::fma(p, t, 0.119623251f);
-    p *= t;
-    float tail = bell * p;
+    float t = 1.0f / std::fma(0.3f, std::fabs(x), 1.0f), p;
+    bell = exponential<T>(-0.5f * x * x);
+    if (sizeof(T) == sizeof(float)) {
+        p = 0.0361966286f;  // relative error below 2e-7
+        p = std::fma(p, t, -0.159385259f);
+        p = std::fma(p, t, 0.210129593f);
+        p = std::fma(p, t, -0.057176957f);
+        p = std::fma(p, t, 0.130421153f);
+        p = std::fma(p, t, 0.0993458099f);
+        p = std::fma(p, t, 0.120845724f);
+        p = std::fma(p, t, 0.119623251f);
+    } else {
+        p = 0.208842948f;  // below 3e-4
+        p = std::fma(p, t, 0.0355907381f);
+        p = std::fma(p, t, 0.137476653f);
+        p = std::fma(p, t, 0.118204616f);
+    }
+    float tail = bell * (p * t);
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
@@ -156,7 +175,7 @@ static void norm_forward(const Shape &shape, float eps, const T *x, const float 
             for (int64_t j = 0; j < inner; j++) {
                 const int64_t c = channel<LAST>(i, j);
                 float z = std::fma(get(row[j]) - centre[c], a[c], d[c]);
-                put(out[j], SILU ? z * sigmoid(z) : z);
+                put(out[j], SILU ? z * sigmoid<T>(z) : z);
             }
         }
     }
@@ -194,7 +213,7 @@ static void norm_backward(const Shape &shape, const T *x, const float *before, c
                 unit = (get(row[j]) - centre[c]) * rs[c];
                 float dz = get(g[j]);
                 if (SILU) {
-                    float z = std::fma(unit, a[c], d[c]), s = sigmoid(z);
+                    float z = std::fma(unit, a[c], d[c]), s = sigmoid<T>(z);
                     dz *= s * (1.0f + z * (1.0f - s));
                 }
                 return dz;
@@ -255,7 +274,7 @@ static void gate_forward(int64_t rows, int64_t width, const T *x, T *y, int thre
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
             float g = get(gate[j]), bell;
-            put(out[j], get(value[j]) * g * normal_share(g, bell));
+            put(out[j], get(value[j]) * g * normal_share<T>(g, bell));
         }
     }
 }
@@ -268,7 +287,7 @@ static void gate_backward(int64_t rows, int64_t width, const T *x, const T *of_y
         T *of_value = of_x + 2 * i * width, *of_gate = of_value + width;
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
-            float g = get(gate[j]), bell, share = normal_share(g, bell), dy = get(up[j]);
+            float g = get(gate[j]), bell, share = normal_share<T>(g, bell), dy = get(up[j]);
             put(of_value[j], dy * g * share);
             put(of_gate[j], dy * get(value[j]) * (share + g * ROOT * bell));
         }

@@ -88,7 +88,8 @@ class Measurement:
     """
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder, self.settings = folder, settings
+        # Trainings are processes of another working folder.
+        self.folder, self.settings = folder.absolute(), settings
         folder.mkdir(parents=True, exist_ok=True)
         told = json.dumps(asdict(settings), indent=1) + "\n"
         kept = folder / "settings.json"
