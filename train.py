@@ -31,7 +31,7 @@ from torch import Tensor
 from conf.cli import main
 from conf.schema import StageName, make, plain
 from data.batch import Batch
-from data.datamodule import DataModule, ShardData, changes
+from data.datamodule import DataModule, Precompute, ShardData, changes
 from data.index import DataError
 from data.moments import MomentsDataset
 from data.progress import Progress
@@ -52,6 +52,7 @@ from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
 from models.sampling import Job
 from models.stages.agreement import require_same_config
+from models.stages.ahead import encode_ahead, has_room, reads_moments, stored_bytes
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.cluster import Launcher, adopt_step
 from models.stages.compute import (
@@ -84,6 +85,8 @@ if TYPE_CHECKING:
 
 #: What evaluates checkpoints while a run trains.
 EVALUATE = Path(__file__).resolve().parent / "scripts" / "evaluate.py"
+#: What encodes pictures ahead of the diffusion stage.
+PRECOMPUTE = EVALUATE.with_name("precompute.py")
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
@@ -297,6 +300,8 @@ class Run:
                     self.ranks.wait()
                 options = replace(options, shards=str(shards))
             autoencoder, _, backbone = self.networks
+            #: Where the pictures are, of a run that has them from one place.
+            self.shards_read = options.shards or ""
             self.train_set, self.val_set = options.open(
                 seed, self.folder / "bad_samples.jsonl", autoencoder.factor * backbone.min_divisor
             )
@@ -313,21 +318,34 @@ class Run:
             )
 
     def open_moments(self) -> None:
-        """Opens the moments that the diffusion stage is to read instead of pictures, where they are given.
+        """Opens the moments that the diffusion stage is to read instead of pictures, where there are any.
+
+        They are given, or made now if the autoencoder is trained and making them pays.
 
         Raises:
             CheckpointError: the autoencoder that should have made them is not there, or not finished.
             DataError: something else made them.
+            OSError: they cannot be written.
         """
-        options = self.data
-        if options.precomputed is None or StageName.diffusion not in self.names:
+        if StageName.diffusion not in self.names or self.moments is not None:
             return
-        done = self.newest(StageName.autoencoder)
+        options, done = self.data, self.newest(StageName.autoencoder)
         if done is None or not self.is_done(StageName.autoencoder, done):
+            if options.precomputed is None:
+                return
             raise CheckpointError(
                 f"{self.folder}: data.precomputed is set, but the autoencoder is not trained yet; run "
                 f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
             )
+        if options.precomputed is None:
+            if not self.encodes_ahead():
+                return
+            # The command builds the text encoder that the autoencoder's checkpoint names.
+            same = done.document("config")["text_encoder"] == self.config["text_encoder"]
+            with_text = same and is_frozen(self.networks[1])
+            folder = encode_ahead(PRECOMPUTE, self.folder, self.shards_read, options, with_text, self.say)
+            self.ranks.wait()
+            options = replace(options, precomputed=str(folder), precompute=Precompute.off)
         text_encoder = self.networks[1]
         self.moments = options.open_moments(
             int(self.values["seed"]),
@@ -335,6 +353,22 @@ class Run:
             text_identity(text_encoder) if is_frozen(text_encoder) else None,
             self.folder / "bad_samples.jsonl",
         )
+
+    def encodes_ahead(self) -> bool:
+        """Whether pictures are encoded ahead of the diffusion stage; as it began, where it has begun."""
+        begun, samples = self.newest(StageName.diffusion), len(self.train_set)
+        if begun is not None:
+            return reads_moments(begun)
+        if not self.data.encodes_ahead(samples, self.plans[StageName.diffusion].images):
+            return False
+        needed = stored_bytes(self.data, self.networks[0], samples)
+        roomy = bool(self.ranks.share(has_room(self.folder, needed) if self.ranks.first else None))
+        if not roomy:
+            told = f"{self.folder}: {needed / 1e9:.3g} GB of moments would take half of the free disk or more"
+            if self.data.precompute is Precompute.on:
+                raise OSError(f"{told}; free some, or train without: data.precompute=off")
+            self.say(f"{told}: pictures are encoded in every step")
+        return roomy
 
     def data_for(self, name: StageName) -> DataModule:
         """Batches of the size a stage wants."""
@@ -537,6 +571,8 @@ class Run:
         from models.stages.fit import Work, fit
 
         name = StageName[stage.name]
+        if name is StageName.diffusion:
+            self.open_moments()  # the autoencoder may have been trained only now
         data = self.data_for(name)
         fingerprints: dict[str, Any] = {
             "dataset": data.train.fingerprint(),

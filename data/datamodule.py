@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ from data.transforms import BadSample, Decoder, ResizeCrop, decode_json
 VAL_SEED = 0  # the held-out pictures are read in one order whatever the run's seed, so that runs compare
 FIRST_RECORDS = 100  # samples whose JSON shows which texts there are
 
-__all__ = ["DataModule", "Loader", "ShardData", "WorkerError", "changes"]
+#: Pixels from which on sparing the autoencoder pays for starting another process: about a minute of a core.
+AHEAD_FROM = 2**28
+
+__all__ = ["DataModule", "Loader", "Precompute", "ShardData", "WorkerError", "changes"]
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,15 @@ class Shares(dict[str, float]):
     """Names with their shares, as a default that a constructor's signature shows: a dict cannot be one."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class Precompute(Enum):
+    """Whether a run encodes its pictures once, ahead of the diffusion stage, instead of in every step; `auto`
+    does where it pays."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,9 @@ class ShardData:
     pixels are laid on; `block_shards` are mixed together at a time, and remote ones are kept in the folder
     `cache` up to `cache_gb` GB; `workers` processes load, 0 loads in place, and one that gives nothing for
     `worker_timeout` seconds is given up. The diffusion stage reads moments from the folder `precomputed`
-    where one is given; `allow_change` lets a run go on with other samples than it began with. With `before`
+    where one is given; else the run makes them itself, into its own folder, where `precompute` says so:
+    with `auto` if that is at most half of the encoding that the steps would do, and more than a minute of it
+    is spared. `allow_change` lets a run go on with other samples than it began with. With `before`
     samples are pairs: that is the name of the picture that the caption tells how to edit, such as "before"
     for `<key>.before.jpg` beside `<key>.jpg`; both are cropped and mirrored alike.
     """
@@ -87,6 +102,7 @@ class ShardData:
     cache_gb: float = 50.0
     worker_timeout: float = 300.0
     precomputed: str | None = None
+    precompute: Precompute = Precompute.auto
     allow_change: bool = False
     before: str = ""
 
@@ -110,12 +126,40 @@ class ShardData:
             raise ValueError(
                 "before and precomputed are both set, but pairs are not precomputed; leave out one"
             )
-        plain = CaptionChoice(self.captions).is_plain
-        if self.precomputed is not None and (self.sources or self.unique or self.buckets != 1 or not plain):
+        if self.precompute is Precompute.on and self.precomputed is not None:
+            raise ValueError("precomputed is given, and precompute=on would make another; leave out one")
+        if self.precompute is Precompute.on and (self.random_crop or not self._is_storable):
+            raise ValueError(
+                "precompute=on stores pictures of one source, as every epoch sees them, in squares, with the "
+                "captions of txt; leave out random_crop, before, sources, unique, buckets and captions"
+            )
+        if self.precomputed is not None and not self._is_storable:
             raise ValueError(
                 "precomputed shards are of one source, in squares, with the captions of txt; leave out "
                 "sources, unique, buckets and captions"
             )
+
+    @property
+    def _is_storable(self) -> bool:
+        """Whether precomputed shards can hold what these options read."""
+        mixed = bool(self.sources) or self.unique or self.buckets != 1 or bool(self.before)
+        return not mixed and CaptionChoice(self.captions).is_plain
+
+    @property
+    def variants(self) -> int:
+        """How many pictures training sees of each that is stored, where it is not cropped at random."""
+        return 2 if self.flip else 1
+
+    def encodes_ahead(self, samples: int, images: int) -> bool:
+        """Whether a run that sees `images`, of `samples` different ones, encodes them ahead of its steps.
+
+        That depends on nothing that is measured, so that a run which is begun again decides alike.
+        """
+        if self.precompute is not Precompute.auto or self.precomputed is not None:
+            return self.precompute is Precompute.on
+        ahead = self.variants * samples
+        spared = (images - ahead) * self.resolution**2
+        return self._is_storable and not self.random_crop and images >= 2 * ahead and spared >= AHEAD_FROM
 
     @property
     def is_given(self) -> bool:

@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         default=os.cpu_count() or 1,
         help="processes that decode, 0: this one (%(default)s)",
     )
+    add("--quiet", action="store_true", help="progress and errors alone")
     return options
 
 
@@ -198,7 +199,11 @@ def precompute(args: argparse.Namespace) -> None:
                     make_shard(output, shard, decoding, encoder, progress.advance)
                 else:
                     progress.advance(shard.header.count)
-    summary(args.out, *output.conclude(shards), kept, len(shards))
+    done, samples, left_out = output.conclude(shards)
+    if done == len(shards) and not samples:
+        raise DataError(f"{args.out}: no picture could be used, see {args.out / 'skipped.jsonl'}")
+    if not args.quiet:
+        summary(args.out, done, samples, left_out, kept, len(shards))
 
 
 def load_networks(
@@ -344,9 +349,7 @@ def make_shard(
 
 
 def summary(out: Path, done: int, samples: int, left_out: int, kept: int, shards: int) -> None:
-    """Says what OUT holds now and what to type next; raises DataError where no picture could be used."""
-    if done == shards and not samples:
-        raise DataError(f"{out}: no picture could be used, see {out / 'skipped.jsonl'}")
+    """Says what OUT holds now and what to type next."""
     kept_note = f", {kept} of them from before" if kept else ""
     print(f"{samples:,} pictures in {done} of {shards} shards{kept_note}: {out}")
     if left_out:

@@ -274,3 +274,45 @@ def test_several_sources_are_mixed(first: Path, command: Command, capsys: Any) -
     words = [word for word in WORDS if not word.startswith(("name=", "rendered."))]
     assert command("train", *words, sources, "data.val_fraction=0.2", "stages=[autoencoder]") == 0
     assert f"landscapes-{shards.name}-more" in capsys.readouterr().out
+
+
+def test_pictures_are_encoded_ahead_where_that_is_asked_for(
+    first: Path, command: Command, capsys: Any
+) -> None:
+    """In one command with both stages, and again as it began; it is the same training."""
+    run, folder = copied(first, "ahead")
+    shutil.rmtree(run)
+    words = (*WORDS, folder, "resume=true")
+    assert command("train", *words, "data.precompute=on") == 0
+    told = capsys.readouterr().out
+    assert "encoded once, ahead of the steps" in told
+    assert (run / "moments" / "precomputed.json").exists()
+    newest = max((run / "diffusion" / "checkpoints").glob("images-*"))
+    state = json.loads((newest / "state.json").read_text())
+    assert state["data"]["plan"] == {"moments": "stored"}
+    lines = [(each / "diffusion" / "metrics.jsonl").read_text().splitlines() for each in (run, first)]
+    losses, wanted = ([json.loads(line)["val_loss"] for line in each] for each in lines)
+    assert losses == pytest.approx(wanted, rel=1e-3)
+    # What began with moments goes on with them, whatever is asked for now; what did not, without.
+    longer = "plan.diffusion.images=96"
+    assert command("train", *words, longer, "data.precompute=off") == 0
+    assert "encoded once" in capsys.readouterr().out
+    other, folder = copied(first, "plainly")
+    assert command("train", *WORDS, folder, "resume=true", longer, "data.precompute=on") == 0
+    assert not (other / "moments").exists()
+
+
+def test_a_failure_to_encode_ahead_says_how_to_go_on(
+    first: Path, command: Command, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = copied(first, "unable")
+    shutil.rmtree(run / "diffusion")
+    monkeypatch.setattr(train, "has_room", lambda *_: False)
+    assert command("train", *WORDS, folder, "data.precompute=on") == 5
+    assert "data.precompute=off" in capfd.readouterr().err
+    monkeypatch.setattr(train, "has_room", lambda *_: True)
+    (run / "moments").write_text("in the way")
+    assert command("train", *WORDS, folder, "data.precompute=on") == 5
+    told = capfd.readouterr().err.splitlines()
+    assert "precompute.py: " in told[-2]
+    assert "resume=true, or without: data.precompute=off" in told[-1]

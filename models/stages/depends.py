@@ -36,7 +36,8 @@ DEPENDS = {
 FREE = (
     *("images", "validate_every_images", "validation_images", "checkpoint_every_images", "log_every_images"),
     *("shards", "workers", "max_bad_fraction", "allow_change", "cache", "cache_gb", "worker_timeout"),
-    "precomputed",  # what it holds is compared by the fingerprint of the data and of the autoencoder
+    # What these lead to is compared by the fingerprints of the data and of the autoencoder.
+    *("precomputed", "precompute"),
 )
 
 

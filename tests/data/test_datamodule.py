@@ -3,12 +3,13 @@
 import hashlib
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data.batch import Batch
-from data.datamodule import DataModule, ShardData
+from data.datamodule import DataModule, Precompute, ShardData
 from data.index import DataError
 from data.shards import MissingCaption
 
@@ -134,3 +135,38 @@ def test_options_reach_what_they_name(make_shard, tmp_path: Path) -> None:
     assert DataModule(train, val, tokenize, 4, 0).fingerprint() == train.fingerprint()
     with pytest.raises(ValueError, match="workers=-1"):
         DataModule(train, val, tokenize, 4, -1)
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "images", "ahead"),
+    [
+        ({"resolution": 256}, 10_000, 20_000, True),
+        ({"resolution": 256}, 10_000, 19_999, False),  # as much work as it spares
+        ({"resolution": 256}, 1_000, 2_000, False),  # little is spared
+        ({"resolution": 256}, 100, 10_000, True),
+        ({"resolution": 256, "flip": True}, 10_000, 39_999, False),  # each is stored twice
+        ({"resolution": 256, "flip": True}, 10_000, 40_000, True),
+        ({"resolution": 256, "random_crop": True}, 10, 10**9, False),
+        ({"resolution": 256, "buckets": 3}, 10, 10**9, False),
+        ({"resolution": 256, "unique": True}, 10, 10**9, False),
+        ({"resolution": 256, "captions": {"txt": 0.5, "json.x": 0.5}}, 10, 10**9, False),
+        ({"resolution": 256, "precompute": Precompute.off}, 10, 10**9, False),
+        ({"resolution": 256, "precomputed": "moments"}, 10, 10**9, False),
+        ({"resolution": 8, "precompute": Precompute.on}, 10, 1, True),
+    ],
+)
+def test_pictures_are_encoded_ahead_where_it_pays(
+    options: dict[str, Any], samples: int, images: int, ahead: bool
+) -> None:
+    assert ShardData("shards", **options).encodes_ahead(samples, images) is ahead
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"random_crop": True}, {"unique": True}, {"before": "before"}, {"captions": {"json.x": 1.0}}],
+)
+def test_what_cannot_be_stored_is_not_precomputed(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="leave out random_crop"):
+        ShardData("shards", precompute=Precompute.on, **options)
+    with pytest.raises(ValueError, match="would make another"):
+        ShardData("shards", precompute=Precompute.on, precomputed="moments")
