@@ -3,7 +3,7 @@
 // What a row of scores needs stays in the cache between two products of matrices, as in Dao et al. 2022
 // (arXiv:2205.14135); all keys of a head are there at once, so that a softmax needs no second look. Products
 // multiply pairs of bfloat16 and add in float; softmax and its gradient are in float. Compiled by
-// models/kernels.py where the processor has AVX512-BF16; called from models/fused.py.
+// models/kernels.py where the processor has AVX512-BF16; called from models/attention.py.
 
 #ifdef __AVX512BF16__
 
@@ -62,10 +62,10 @@ INLINE void tile(int64_t pairs, const Pair *a, int64_t a_row, int64_t a_pair, co
         for (int n = 0; n < 2; n++) _mm512_storeu_ps(c + r * c_row + n * LANES, sum[r][n]);
 }
 
-// c [rows columns] = (c +) a b: element (i, p) of a is the pair a[i * a_row + p * a_pair], rows of b are pairs
-// of rows, [pairs columns]. Rows are a multiple of 8 and columns of COLUMNS.
-INLINE void product(int64_t rows, int64_t columns, int64_t pairs, const Pair *a, int64_t a_row, int64_t a_pair,
-                    const Pair *b, float *c, bool add = false) {
+// c [rows columns] = (c +) a b: a pair of a is a[i * a_row + p * a_pair], b [pairs columns] is of pairs of
+// rows. Rows are a multiple of 8 and columns of COLUMNS.
+INLINE void product(int64_t rows, int64_t columns, int64_t pairs, const Pair *a, int64_t a_row,
+                    int64_t a_pair, const Pair *b, float *c, bool add = false) {
     for (int64_t j = 0; j < columns; j += COLUMNS)
         for (int64_t i = 0; i < rows; i += 8)
             tile<8>(pairs, a + i * a_row, a_row, a_pair, b + j, columns, c + i * columns + j, columns, add);
@@ -75,7 +75,8 @@ INLINE void product(int64_t rows, int64_t columns, int64_t pairs, const Pair *a,
 static void along_width(const bf16 *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
                         int64_t wide, Pair *to) {
     std::memset(to, 0, padded * wide / 2 * sizeof(Pair));
-    for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * wide / 2, from + i * stride, width * sizeof(bf16));
+    for (int64_t i = 0; i < rows; i++)
+        std::memcpy(to + i * wide / 2, from + i * stride, width * sizeof(bf16));
 }
 
 // The same transposed: [wide / 2 padded].
@@ -148,19 +149,20 @@ INLINE int64_t begin(const Place &place, int64_t b, int64_t h) { return b * plac
 class Room {
   public:
     explicit Room(int64_t words) {
-        static thread_local std::vector<uint32_t> kept;
-        if (int64_t(kept.size()) < words) kept.resize(words);
+        static thread_local std::vector<unsigned char> kept;
+        if (int64_t(kept.size()) < WORD * words) kept.resize(WORD * words);
         next = kept.data();
     }
     template <class T>
     T *take(int64_t words) {
         T *begin = reinterpret_cast<T *>(next);
-        next += words;
+        next += WORD * words;
         return begin;
     }
 
   private:
-    uint32_t *next;
+    static constexpr int64_t WORD = 4;  // bytes of a float, and of a pair
+    unsigned char *next;
 };
 
 // `level` [batch heads queries] is the logarithm to the base 2 of the sum of each row's exponentials.
@@ -181,15 +183,16 @@ extern "C" void attention_forward(const Heads *shape, const bf16 *query, const b
         along_rows(value + begin(s.value, b, h), s.value.row, s.keys, s.width, keys, wide, valued);
         for (int64_t q = 0; q < s.queries; q += QUERIES) {
             const int64_t rows = std::min(QUERIES, s.queries - q), padded = rounded(rows, 8);
-            along_width(query + begin(s.query, b, h) + q * s.query.row, s.query.row, rows, s.width, padded, wide,
-                        asked);
+            const bf16 *from = query + begin(s.query, b, h) + q * s.query.row;
+            along_width(from, s.query.row, rows, s.width, padded, wide, asked);
             product(padded, keys, wide / 2, asked, wide / 2, 1, keyed, scores);
             hide(s, masked(s, mask, b, h, q), rows, keys, scores);
             float sums[QUERIES];
             for (int64_t i = 0; i < rows; i++) {
                 const float *row = scores + i * keys;
                 __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-                for (int64_t j = 0; j < keys; j += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(row + j));
+                for (int64_t j = 0; j < keys; j += LANES)
+                    most = _mm512_max_ps(most, _mm512_loadu_ps(row + j));
                 const __m512 top = _mm512_mul_ps(by, _mm512_set1_ps(_mm512_reduce_max_ps(most)));
                 for (int64_t j = 0; j < keys; j += LANES) {
                     const __m512 share = power_of_two(_mm512_fmsub_ps(by, _mm512_loadu_ps(row + j), top));
@@ -207,16 +210,18 @@ extern "C" void attention_forward(const Heads *shape, const bf16 *query, const b
     }
 }
 
+// The gradients of query, key and value from that of the output.
 extern "C" void attention_backward(const Heads *shape, const bf16 *query, const bf16 *key, const bf16 *value,
-                                   const uint8_t *mask, const float *level, const bf16 *of_out, bf16 *of_query,
-                                   bf16 *of_key, bf16 *of_value, int threads) {
+                                   const uint8_t *mask, const float *level, const bf16 *of_out,
+                                   bf16 *of_query, bf16 *of_key, bf16 *of_value, int threads) {
     const Heads s = *shape;
     const int64_t keys = rounded(s.keys, COLUMNS), wide = rounded(s.width, COLUMNS), packed = keys * wide / 2;
     const float scale = 1.0f / std::sqrt(float(s.width));
     const __m512 by = _mm512_set1_ps(LOG2E * scale);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t each = 0; each < s.batch * s.heads; each++) {
-        const int64_t b = each / s.heads, h = each % s.heads, few = QUERIES * wide / 2, half = QUERIES * keys / 2;
+        const int64_t b = each / s.heads, h = each % s.heads;
+        const int64_t few = QUERIES * wide / 2, half = QUERIES * keys / 2;
         Room room(7 * packed + 6 * few + 7 * half);
         Pair *keyed = room.take<Pair>(packed), *valued = room.take<Pair>(packed);
         Pair *key_rows = room.take<Pair>(packed);
@@ -262,9 +267,10 @@ extern "C" void attention_backward(const Heads *shape, const bf16 *query, const 
                     for (int r = 0; r < 2; r++) {
                         const __m512 part = _mm512_loadu_ps(row + r * keys + j);
                         const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(of_row + r * keys + j), mean[r]);
-                        const __m256i rounded = halves(_mm512_mul_ps(_mm512_mul_ps(part, off), _mm512_set1_ps(scale)));
-                        _mm256_storeu_si256((__m256i *)(slope_rows + (i + r) * keys + j), rounded);
-                        slope[r] = _mm512_cvtepu16_epi32(rounded);
+                        const __m512 exact = _mm512_mul_ps(_mm512_mul_ps(part, off), _mm512_set1_ps(scale));
+                        const __m256i short_one = halves(exact);
+                        _mm256_storeu_si256((__m256i *)(slope_rows + (i + r) * keys + j), short_one);
+                        slope[r] = _mm512_cvtepu16_epi32(short_one);
                         share[r] = _mm512_cvtepu16_epi32(halves(part));
                     }
                     store_pairs(shares + i / 2 * keys + j, share);

@@ -37,8 +37,8 @@ INLINE void put(bf16 &to, float value) {  // to the nearest, ties to even; not a
     to.bits = uint16_t(value != value ? 0x7fc0u : rounded);
 }
 
-// exp(x) for x in [-87, 88], beyond which it stays at its ends. As exact as T can tell: to 2 units in the last
-// place of a float, or to 1e-4, a twentieth of what bfloat16 rounds.
+// exp(x) for x in [-87, 88], beyond which it stays at its ends. As exact as T can tell: to 2 units in the
+// last place of a float, or to 1e-4, a twentieth of what bfloat16 rounds.
 template <class T>
 INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
