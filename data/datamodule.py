@@ -126,14 +126,15 @@ class ShardData:
             raise ValueError(
                 "before and precomputed are both set, but pairs are not precomputed; leave out one"
             )
+        storable = self._is_storable  # which refuses captions that cannot be chosen from
         if self.precompute is Precompute.on and self.precomputed is not None:
             raise ValueError("precomputed is given, and precompute=on would make another; leave out one")
-        if self.precompute is Precompute.on and (self.random_crop or not self._is_storable):
+        if self.precompute is Precompute.on and (self.random_crop or not storable):
             raise ValueError(
                 "precompute=on stores pictures of one source, as every epoch sees them, in squares, with the "
                 "captions of txt; leave out random_crop, before, sources, unique, buckets and captions"
             )
-        if self.precomputed is not None and not self._is_storable:
+        if self.precomputed is not None and not storable:
             raise ValueError(
                 "precomputed shards are of one source, in squares, with the captions of txt; leave out "
                 "sources, unique, buckets and captions"
@@ -142,8 +143,8 @@ class ShardData:
     @property
     def _is_storable(self) -> bool:
         """Whether precomputed shards can hold what these options read."""
-        mixed = bool(self.sources) or self.unique or self.buckets != 1 or bool(self.before)
-        return not mixed and CaptionChoice(self.captions).is_plain
+        plain = CaptionChoice(self.captions).is_plain
+        return plain and not (self.sources or self.unique or self.buckets != 1 or self.before)
 
     @property
     def variants(self) -> int:
