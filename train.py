@@ -31,7 +31,7 @@ from torch import Tensor
 from conf.cli import main
 from conf.schema import StageName, make, plain
 from data.batch import Batch
-from data.datamodule import DataModule, Precompute, ShardData, changes
+from data.datamodule import DataModule, Precompute, ShardData, changes, holds_moments
 from data.index import DataError
 from data.moments import MomentsDataset
 from data.progress import Progress
@@ -51,8 +51,8 @@ from models.loading import (
 from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
 from models.sampling import Job
+from models.stages import ahead
 from models.stages.agreement import require_same_config
-from models.stages.ahead import encode_ahead, has_room, reads_moments, stored_bytes
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.cluster import Launcher, adopt_step
 from models.stages.compute import (
@@ -338,14 +338,9 @@ class Run:
                 f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
             )
         if options.precomputed is None:
-            if not self.encodes_ahead():
+            if not self.has_own_moments(done):
                 return
-            # The command builds the text encoder that the autoencoder's checkpoint names.
-            same = done.document("config")["text_encoder"] == self.config["text_encoder"]
-            with_text = same and is_frozen(self.networks[1])
-            folder = encode_ahead(PRECOMPUTE, self.folder, self.shards_read, options, with_text, self.say)
-            self.ranks.wait()
-            options = replace(options, precomputed=str(folder), precompute=Precompute.off)
+            options = replace(options, precomputed=str(self.folder / ahead.FOLDER), precompute=Precompute.off)
         text_encoder = self.networks[1]
         self.moments = options.open_moments(
             int(self.values["seed"]),
@@ -354,21 +349,51 @@ class Run:
             self.folder / "bad_samples.jsonl",
         )
 
-    def encodes_ahead(self) -> bool:
-        """Whether pictures are encoded ahead of the diffusion stage; as it began, where it has begun."""
-        begun, samples = self.newest(StageName.diffusion), len(self.train_set)
+    def has_own_moments(self, done: Checkpoint) -> bool:
+        """Whether the diffusion stage reads moments that the run itself made, by its autoencoder `done`.
+
+        Before the stage has begun they are made here, if that pays; then it goes on as it began.
+
+        Raises:
+            CheckpointError: it began with moments that are gone.
+            Exception: they are wanted and cannot be made.
+        """
+        folder, begun = self.folder / ahead.FOLDER, self.newest(StageName.diffusion)
         if begun is not None:
-            return reads_moments(begun)
+            if not ahead.reads_moments(begun):
+                return False
+            there = bool(self.ranks.share(holds_moments(folder) if self.ranks.first else None))
+            if not there and not self.is_done(StageName.diffusion, begun):
+                raise CheckpointError(
+                    f"{begun.folder} was trained on stored moments, and {folder} has none; give "
+                    "data.precomputed=... if they are elsewhere, or make them again: python "
+                    f"scripts/precompute.py {self.folder} {folder}"
+                )
+            return there
+        samples, wanted = len(self.train_set), self.data.precompute is Precompute.on
         if not self.data.encodes_ahead(samples, self.plans[StageName.diffusion].images):
             return False
-        needed = stored_bytes(self.data, self.networks[0], samples)
-        roomy = bool(self.ranks.share(has_room(self.folder, needed) if self.ranks.first else None))
-        if not roomy:
-            told = f"{self.folder}: {needed / 1e9:.3g} GB of moments would take half of the free disk or more"
-            if self.data.precompute is Precompute.on:
+        self.check_same(StageName.autoencoder, done)
+        needed = ahead.stored_bytes(self.data, self.networks[0], samples)
+        if not self.ranks.share(ahead.has_room(folder, needed) if self.ranks.first else None):
+            told = f"{folder}: {needed / 1e9:.3g} GB of moments would take over a quarter of the free disk"
+            if wanted:
                 raise OSError(f"{told}; free some, or train without: data.precompute=off")
             self.say(f"{told}: pictures are encoded in every step")
-        return roomy
+            return False
+        self.say(f"pictures are encoded once, ahead of the steps (data.precompute): {folder}")
+        # The command builds the text encoder that the autoencoder's checkpoint names.
+        same = done.document("config")["text_encoder"] == self.config["text_encoder"]
+        with_text = same and is_frozen(self.networks[1])
+        on_cpu = device_of(self.trainer).type == "cpu"
+        code = ahead.encode_ahead(
+            PRECOMPUTE, self.folder, self.shards_read, self.data, with_text, on_cpu, self.ranks
+        )
+        if code and wanted:
+            raise ahead.failure(folder, code)
+        if code:
+            self.say(f"scripts/precompute.py ended with exit code {code}: pictures are encoded in every step")
+        return not code
 
     def data_for(self, name: StageName) -> DataModule:
         """Batches of the size a stage wants."""
@@ -517,7 +542,10 @@ class Run:
         if given is not None and name is not StageName.autoencoder and was.get("base") != given:
             differ.append(f"base was {was.get('base')}, now {given}")
         data = self.data_for(name).train
-        if not handed_over and state["dataset"] != data.fingerprint():
+        # Of a finished stage the moments may have been deleted, as nothing needs them any more.
+        gone = isinstance(data, ShardDataset) and not handed_over and ahead.reads_moments(checkpoint)
+        compared = not handed_over and not (gone and self.is_done(name, checkpoint))
+        if compared and state["dataset"] != data.fingerprint():
             found = changes(state["data"], data.describe()) if "data" in state else []
             told = "the shards hold other samples" + "".join(f"; {change}" for change in found[:5])
             if not self.data.allow_change:
@@ -634,7 +662,7 @@ class Run:
     def held_out(self, count: int) -> Batch:
         """The first `count` held-out samples, as one batch."""
         count = min(count, len(self.val_set))
-        return self.data_for(self.names[0]).held_out(count)
+        return self.data_for(StageName.autoencoder).held_out(count)  # of pictures, which have captions
 
     def report(self, trained: bool, began: float) -> None:
         """Makes the pictures and figures of what there is, and says where they are and what to type next.

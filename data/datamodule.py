@@ -30,7 +30,7 @@ from data.loader import Loader, WorkerError
 from data.mixture import Mixture, SamplePlan
 from data.moments import MomentsCollate, MomentsDataset, open_moments
 from data.order import GlobalBatchSampler, Order, Purpose, mix
-from data.provenance import check_provenance, read_provenance
+from data.provenance import FILE, check_provenance, read_provenance
 from data.reader import FieldReader
 from data.shard_index import is_address
 from data.shards import MissingCaption, ShardDataset, changes
@@ -45,6 +45,11 @@ AHEAD_FROM = 2**28
 __all__ = ["DataModule", "Loader", "Precompute", "ShardData", "WorkerError", "changes"]
 
 log = logging.getLogger(__name__)
+
+
+def holds_moments(folder: Path) -> bool:
+    """Returns whether precomputed shards were made in `folder`, all of them or not."""
+    return (folder / FILE).exists()
 
 
 class Shares(dict[str, float]):
@@ -129,10 +134,11 @@ class ShardData:
         storable = self._is_storable  # which refuses captions that cannot be chosen from
         if self.precompute is Precompute.on and self.precomputed is not None:
             raise ValueError("precomputed is given, and precompute=on would make another; leave out one")
-        if self.precompute is Precompute.on and (self.random_crop or not storable):
+        if self.precompute is Precompute.on and (self.random_crop or self.where or not storable):
             raise ValueError(
-                "precompute=on stores pictures of one source, as every epoch sees them, in squares, with the "
-                "captions of txt; leave out random_crop, before, sources, unique, buckets and captions"
+                "precompute=on stores all pictures of one source, as every epoch sees them, in squares, with "
+                "the captions of txt; leave out random_crop, where, before, sources, unique, buckets and "
+                "captions"
             )
         if self.precomputed is not None and not storable:
             raise ValueError(
@@ -160,7 +166,8 @@ class ShardData:
             return self.precompute is Precompute.on
         ahead = self.variants * samples
         spared = (images - ahead) * self.resolution**2
-        return self._is_storable and not self.random_crop and images >= 2 * ahead and spared >= AHEAD_FROM
+        same = self._is_storable and not self.random_crop and not self.where
+        return same and images >= 2 * ahead and spared >= AHEAD_FROM
 
     @property
     def is_given(self) -> bool:

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from models.fused import first_order, in_training, serves
 from models.kernels import kernels, operation
 
+Size = torch.Size
+
 # Written out, training is 4 to 10 times faster on 64 tokens and 1.4 times on 256, but all Lq x Lk scores are
 # there at once. Forward alone or in float32 fused is faster.
 EXPLICIT_MAX = 1024 * 1024
@@ -30,7 +32,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, na
     see at least one key. With `native`, for which a machine must have `has_tiles`, a CPU trains by kernels of
     its own.
     """
-    if native and query.dtype == torch.bfloat16 and serves(query):
+    if native and query.dtype == torch.bfloat16 and serves(query) and fits(query, key, value):
         return TiledAttention.apply(query, key, value, mask)
     small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
     if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
@@ -38,6 +40,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, na
             return WrittenOutAttention.apply(query, key, value, mask)
         return attention_weights(query, key, mask) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether types and shapes are those that the kernels take, which look at none of them."""
+    alike = query.dtype == key.dtype == value.dtype and key.shape == value.shape and query.numel() > 0
+    samples = query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
+    return alike and samples and key.shape[2] > 0
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,8 +115,10 @@ def has_tiles() -> bool:
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each [B heads L d] so that the numbers of a row lie side by side; mostly itself."""
-    return tuple(each if each.stride(3) == 1 else each.contiguous() for each in tensors)
+    """Each [B heads L d] so that the numbers of a row lie side by side, and none twice; mostly itself."""
+    return tuple(
+        each if each.stride(3) == 1 and 0 not in each.stride() else each.contiguous() for each in tensors
+    )
 
 
 def _found(query: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +160,16 @@ def _call(name: str, lie: tuple[Tensor, ...], mask: Tensor | None, *given: Tenso
     getattr(kernels(), name)(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
 
 
+def _forward_flops(query: Size, key: Size, *_: Any, **__: Any) -> int:
+    """Of two products of matrices."""
+    return 4 * math.prod(query) * key[2]
+
+
+def _backward_flops(query: Size, key: Size, *_: Any, **__: Any) -> int:
+    """Of four; that scores are made again is no work that the network asks for."""
+    return 2 * _forward_flops(query, key)
+
+
 operation(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask) -> (Tensor, Tensor)",
     _forward,
@@ -160,3 +181,9 @@ operation(
     _backward,
     lambda query, key, value, mask, level, up: _slopes(query, key, value),
 )
+
+#: What counts FLOPs is told these, as it knows torch's own operations alone.
+FLOPS = {
+    torch.ops.firstlight.attention_forward: _forward_flops,
+    torch.ops.firstlight.attention_backward: _backward_flops,
+}

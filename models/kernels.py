@@ -1,4 +1,5 @@
-"""The machine's own fast passes over memory: `kernels.cpp` and `winograd.cpp`, compiled for this processor.
+"""The machine's own fast passes over memory: `kernels.cpp`, `attention.cpp` and `winograd.cpp`, compiled for
+this processor.
 
 Where there is a C++ compiler, the first process that asks compiles it, in some seconds, into the user's cache
 folder; the others load it from there. Without a compiler, or where anything else stands in the way, there are

@@ -46,9 +46,9 @@ from models.stages.encoding import (
     is_frozen,
     text_identity,
 )
+from models.stages.launch import stay_with_parent
 from models.text_encoder import TextEncoder
 
-CACHE_BYTES = 50 * 10**9
 USAGE, DATA, CHECKPOINT, ENVIRONMENT, NUMERICAL, INTERRUPTED, TERMINATED = 2, 3, 4, 5, 6, 130, 143
 
 
@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
         help="what the numbers are stored as (%(default)s)",
     )
     add("--cache", type=Path, default="cache", help="folder for copies of remote shards (%(default)s)")
+    add("--cache-gb", type=float, default=50.0, help="the most that they may take (%(default)s)")
+    add(
+        "--max-bad-fraction",
+        type=float,
+        default=1.0,
+        help="of the pictures, that may be left out without an error (%(default)s)",
+    )
     add("--batch-size", type=positive, default=32, help="pictures encoded at once (%(default)s)")
     add(
         "--workers",
@@ -181,7 +188,7 @@ def precompute(args: argparse.Namespace) -> None:
         (2 * autoencoder.latent_channels, side, side),
         None if text_encoder is None else text_identity(text_encoder),
     )
-    cache = ShardCache(args.cache, CACHE_BYTES)
+    cache = ShardCache(args.cache, int(args.cache_gb * 1e9))
     shards, dataset = source_shards(args.shards or run_shards(run, data, preprocessing.resolution), cache)
     output = Output(args.out, provenance)
     output.prepare(shards, dataset, code_version())
@@ -202,8 +209,15 @@ def precompute(args: argparse.Namespace) -> None:
     done, samples, left_out = output.conclude(shards)
     if done == len(shards) and not samples:
         raise DataError(f"{args.out}: no picture could be used, see {args.out / 'skipped.jsonl'}")
+    if left_out > args.max_bad_fraction * (samples + left_out):
+        raise DataError(
+            f"{args.out}: {left_out:,} of {samples + left_out:,} pictures could not be used, more than "
+            f"--max-bad-fraction {args.max_bad_fraction:g}, see {args.out / 'skipped.jsonl'}"
+        )
+    if left_out:
+        print(f"{left_out:,} left out, named in {args.out / 'skipped.jsonl'}")
     if not args.quiet:
-        summary(args.out, done, samples, left_out, kept, len(shards))
+        summary(args.out, done, samples, kept, len(shards))
 
 
 def load_networks(
@@ -348,12 +362,10 @@ def make_shard(
     output.finish(shard, made, left_out)
 
 
-def summary(out: Path, done: int, samples: int, left_out: int, kept: int, shards: int) -> None:
+def summary(out: Path, done: int, samples: int, kept: int, shards: int) -> None:
     """Says what OUT holds now and what to type next."""
     kept_note = f", {kept} of them from before" if kept else ""
     print(f"{samples:,} pictures in {done} of {shards} shards{kept_note}: {out}")
-    if left_out:
-        print(f"{left_out:,} left out, named in {out / 'skipped.jsonl'}")
     if done < shards:
         print("other processes are at work on the rest; where none is, run the same command again")
     else:
@@ -367,4 +379,5 @@ def terminate(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminate)
+    stay_with_parent()
     sys.exit(main())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
-from models.stages import preflight
+from models.stages import ahead, preflight
 from models.stages.callbacks import Clock
 from models.stages.compute import Compute
 from models.stages.lock import run_lock
@@ -295,8 +295,13 @@ def test_pictures_are_encoded_ahead_where_that_is_asked_for(
     assert losses == pytest.approx(wanted, rel=1e-3)
     # What began with moments goes on with them, whatever is asked for now; what did not, without.
     longer = "plan.diffusion.images=96"
+    (run / "moments").rename(run / "elsewhere")
+    assert command("train", *words) == 0  # it is finished and needs none
+    assert command("train", *words, longer) == 4
+    assert "make them again: python scripts/precompute.py" in capsys.readouterr().err
+    (run / "elsewhere").rename(run / "moments")
     assert command("train", *words, longer, "data.precompute=off") == 0
-    assert "encoded once" in capsys.readouterr().out
+    assert "encoded once" not in capsys.readouterr().out
     other, folder = copied(first, "plainly")
     assert command("train", *WORDS, folder, "resume=true", longer, "data.precompute=on") == 0
     assert not (other / "moments").exists()
@@ -307,12 +312,15 @@ def test_a_failure_to_encode_ahead_says_how_to_go_on(
 ) -> None:
     run, folder = copied(first, "unable")
     shutil.rmtree(run / "diffusion")
-    monkeypatch.setattr(train, "has_room", lambda *_: False)
+    monkeypatch.setattr(ahead, "has_room", lambda *_: False)
     assert command("train", *WORDS, folder, "data.precompute=on") == 5
     assert "data.precompute=off" in capfd.readouterr().err
-    monkeypatch.setattr(train, "has_room", lambda *_: True)
+    monkeypatch.setattr(ahead, "has_room", lambda *_: True)
     (run / "moments").write_text("in the way")
     assert command("train", *WORDS, folder, "data.precompute=on") == 5
     told = capfd.readouterr().err.splitlines()
     assert "precompute.py: " in told[-2]
-    assert "resume=true, or without: data.precompute=off" in told[-1]
+    assert "resume=true, or train without: data.precompute=off" in told[-1]
+    monkeypatch.setattr("data.datamodule.AHEAD_FROM", 0)
+    assert command("train", *WORDS, folder) == 0  # unasked it is no error
+    assert "pictures are encoded in every step" in capfd.readouterr().out

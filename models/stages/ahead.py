@@ -6,17 +6,24 @@ stop is kept. Used by `train.py`.
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from data.datamodule import ShardData
+from data.shard_index import DataError
 from models.autoencoder import Autoencoder
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, CheckpointError
 from models.stages.launch import run_command
+from models.stages.ranks import Ranks
 
 #: Beside the stages, in a run's folder.
 FOLDER = "moments"
 _FLOAT = 4
+#: What else the disk of a run has to hold: checkpoints, pictures, other runs.
+_SHARE_OF_FREE = 1 / 4
+_STOPPED = (130, 143)
+_ERRORS: dict[int, type[Exception]] = {3: DataError, 4: CheckpointError}
 
 
 def reads_moments(checkpoint: Checkpoint) -> bool:
@@ -31,14 +38,15 @@ def stored_bytes(data: ShardData, autoencoder: Autoencoder, samples: int) -> int
 
 
 def has_room(folder: Path, needed: int) -> bool:
-    """Whether the disk of `folder` would still be half empty of what it has free now."""
-    return shutil.disk_usage(folder).free >= 2 * needed
+    """Whether what `folder` lacks of `needed` bytes is at most a quarter of what its disk has free."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return needed - there <= _SHARE_OF_FREE * shutil.disk_usage(folder.parent).free
 
 
 def encode_ahead(
-    script: Path, run: Path, shards: str, data: ShardData, with_text: bool, say: Callable[[str], None]
-) -> Path:
-    """The folder of the moments of `run`, all of them made.
+    script: Path, run: Path, shards: str, data: ShardData, with_text: bool, on_cpu: bool, ranks: Ranks
+) -> int:
+    """0 once the moments of `run` are made by all ranks; else the exit code of a command that failed.
 
     Args:
         script: `scripts/precompute.py`.
@@ -46,28 +54,31 @@ def encode_ahead(
         shards: where its pictures are.
         data: how they are read.
         with_text: whether the captions' embeddings are stored too; for a frozen text encoder.
-        say: prints a line.
+        on_cpu: whether a GPU that is there is left alone.
+        ranks: that train together.
 
     Raises:
-        OSError: the command ended in error; what it said stands above.
-        SystemExit: it was asked to stop.
+        SystemExit: a command was asked to stop.
+        RankError: a rank is gone, or waited longer than `trainer.timeout` for the others.
     """
-    folder = run / FOLDER
-    say(f"pictures are encoded once, ahead of the steps (data.precompute={data.precompute.name}): {folder}")
-    words = [str(run), str(folder), "--shards", shards, "--resolution", str(data.resolution)]
-    words += ["--cache", data.cache, "--workers", str(data.workers), "--variants", str(data.variants)]
-    words += [
-        "--flip" if data.flip else "--no-flip",
-        "--no-random-crop",
-        "--quiet",
-        *(["--text"] if with_text else []),
-    ]
-    code = run_command([sys.executable, str(script), *words])
-    if code in (130, 143):
-        sys.exit(code)
-    if code:
-        raise OSError(
-            f"{folder}: scripts/precompute.py ended with exit code {code}, see above; go on with "
-            "resume=true, or without: data.precompute=off"
-        )
-    return folder
+    words = [str(run), str(run / FOLDER), "--shards", shards, "--resolution", str(data.resolution)]
+    words += ["--cache", data.cache, "--cache-gb", str(data.cache_gb), "--workers", str(data.workers)]
+    words += ["--max-bad-fraction", str(data.max_bad_fraction), "--variants", str(data.variants)]
+    words += ["--flip" if data.flip else "--no-flip", "--no-random-crop", "--quiet"]
+    words += ["--text"] if with_text else []
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    mine = run_command([sys.executable, str(script), *words], environment)
+    codes = [int(code) for (code,) in ranks.gather([mine])]
+    for code in codes:
+        if code in _STOPPED:
+            sys.exit(code)
+    return max(codes)
+
+
+def failure(folder: Path, code: int) -> Exception:
+    """What to raise of a command that ended with `code`."""
+    return _ERRORS.get(code, OSError)(
+        f"{folder}: scripts/precompute.py ended with exit code {code}, see above; mend that and give "
+        "resume=true, or train without: data.precompute=off"
+    )

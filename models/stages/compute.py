@@ -186,7 +186,8 @@ class Compute:
     recompute: bool = False
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
-    #: Norms, gates, attention and 3x3 convolutions go through the machine's own kernels in training.
+    #: Norms, gates, the blocks' attention and, not compiled, 3x3 convolutions go through the machine's own
+    #: kernels in training.
     native: bool = False
 
     def document(self) -> dict[str, Any]:
@@ -229,13 +230,14 @@ class Compute:
         if compiled:
             # One compiled program serves blocks of one kind and shape; there may be as many as blocks.
             allow_shapes(len(blocks))
+        native = self.native and kernels() is not None  # on a rank without a compiler there are none
         for module in networks.modules():
             if isinstance(module, Linear):
                 module.float8 = self.fp8
             if isinstance(module, GroupNorm | Geglu | Conv2d):
-                module.native = self.native
+                module.native = native
             if isinstance(module, Attention):
-                module.native = self.native and has_tiles()
+                module.native = native and has_tiles()
         for block in blocks:
             block.recompute = self.recompute
             block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
@@ -258,7 +260,7 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
     Channels-last everywhere; on a GPU bfloat16 and compiled, on a CPU bfloat16 where it multiplies that, else
-    float32. Norms, gates, attention and 3x3 convolutions go through kernels compiled for the machine where it
+    float32. Norms, gates, the blocks' attention and 3x3 convolutions go through kernels compiled for the machine where it
     can compile them.
 
     Args:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 #: Seconds that the other ranks get to end by themselves once one has ended in error.
@@ -52,15 +52,14 @@ def launch(size: int, name: str = "train", again: str = "resume=true") -> int:
             process.wait()
 
 
-def run_command(command: Sequence[str]) -> int:
+def run_command(command: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
     """The exit code of `command`, run as a process group of its own that ends with it and with this process.
 
     What is sent to this process is passed on to the command alone, which passes it on to what it started; 130
-    and 143 are those of a command that was asked to stop.
+    and 143 are those of a command that was asked to stop. `environment` is added to this process's own.
     """
-    process = subprocess.Popen(
-        list(command), env=os.environ | {PARENT: str(os.getpid())}, start_new_session=True
-    )
+    added = {**(environment or {}), PARENT: str(os.getpid())}
+    process = subprocess.Popen(list(command), env=os.environ | added, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if process.poll() is None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.progress import duration
+from models.attention import FLOPS
 from models.stages.compute import Compute, Reduce, decide, seconds_a_call
 from models.stages.division import Division, divide
 from models.stages.effort import Effort, matmul_ceiling
@@ -168,7 +169,7 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
             kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _step(stage, one)
     activations = sum(kept.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.shard_index import write_atomic
 from evaluation.report import find_judge
-from scripts.benches.quality_arms import RECIPE, Arm, finished_autoencoder
+from scripts.benches.quality_arms import RECIPE, RECIPE_LR, Arm, finished_autoencoder
 from scripts.benches.quality_exam import PROMPTS, TUNING, Exam, Score, real_features
 from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Training, probe, train
 
@@ -91,7 +91,7 @@ class Measurement:
         # Trainings are processes of another working folder.
         self.folder, self.settings = folder.absolute(), settings
         folder.mkdir(parents=True, exist_ok=True)
-        told = json.dumps(asdict(settings), indent=1) + "\n"
+        told = json.dumps({**asdict(settings), "recipe_lr": RECIPE_LR}, indent=1) + "\n"
         kept = folder / "settings.json"
         if kept.exists() and kept.read_text() != told:
             raise ValueError(

@@ -149,6 +149,7 @@ def test_options_reach_what_they_name(make_shard, tmp_path: Path) -> None:
         ({"resolution": 256, "random_crop": True}, 10, 10**9, False),
         ({"resolution": 256, "buckets": 3}, 10, 10**9, False),
         ({"resolution": 256, "unique": True}, 10, 10**9, False),
+        ({"resolution": 256, "where": "width >= 64"}, 10, 10**9, False),
         ({"resolution": 256, "captions": {"txt": 0.5, "json.x": 0.5}}, 10, 10**9, False),
         ({"resolution": 256, "precompute": Precompute.off}, 10, 10**9, False),
         ({"resolution": 256, "precomputed": "moments"}, 10, 10**9, False),
@@ -163,7 +164,13 @@ def test_pictures_are_encoded_ahead_where_it_pays(
 
 @pytest.mark.parametrize(
     "options",
-    [{"random_crop": True}, {"unique": True}, {"before": "before"}, {"captions": {"json.x": 1.0}}],
+    [
+        {"random_crop": True},
+        {"unique": True},
+        {"where": "width >= 64"},
+        {"before": "before"},
+        {"captions": {"json.x": 1.0}},
+    ],
 )
 def test_what_cannot_be_stored_is_not_precomputed(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="leave out random_crop"):

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from models.blocks import ResidualBlock, TransformerBlock
+from models.blocks import Attention, ResidualBlock, TransformerBlock
 from models.float8 import Linear
 from models.registry import ConfigError
 from models.stages import compute as module
@@ -121,6 +122,18 @@ def test_own_kernels_are_used_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert network.norm_in.native
     without.set_blocks(network)
     assert not network.norm_in.native
+    monkeypatch.setattr(module, "kernels", lambda: None)  # a rank on a machine without a compiler
+    way.set_blocks(network)
+    assert not network.norm_in.native
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_attention_is_native_where_there_are_tiles(monkeypatch: pytest.MonkeyPatch, tiles: bool) -> None:
+    monkeypatch.setattr(module, "kernels", object)
+    monkeypatch.setattr(module, "has_tiles", lambda: tiles)
+    way, layer = Compute(torch.device("cpu"), True, True, False, "", native=True), Attention(8, 2, 8)
+    way.set_blocks(nn.ModuleList([layer]))
+    assert layer.native is tiles
 
 
 def test_no_gpu_to_ask_for() -> None:
