@@ -260,8 +260,8 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
     Channels-last everywhere; on a GPU bfloat16 and compiled, on a CPU bfloat16 where it multiplies that, else
-    float32. Norms, gates, the blocks' attention and 3x3 convolutions go through kernels compiled for the machine where it
-    can compile them.
+    float32. Norms, gates, the blocks' attention and 3x3 convolutions go through kernels compiled for the
+    machine where it can compile them.
 
     Args:
         options: what the user fixed.
