@@ -64,3 +64,10 @@ def test_killed_runs_go_on_with_other_ranks(words: tuple[str, ...], runs: Runs) 
             row = json.loads(line)
             read.setdefault(row["images"], []).extend(row["indices"])
     assert all(set(read[first]) == set(range(first, first + BATCH)) for first in range(0, IMAGES, BATCH))
+
+
+def test_ranks_that_encode_ahead_learn_what_one_learns_from_pictures(runs: Runs) -> None:
+    one, other = runs.run(WAYS[1, 1], 1), runs.run("ahead", 2, "data.precompute=on")
+    assert "pictures are encoded once, ahead of the steps" in other.said
+    assert (other.folder / "moments" / "precomputed.json").exists()
+    assert other.losses() == pytest.approx(one.losses(), rel=1e-3)
