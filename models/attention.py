@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from models.fused import first_order, in_training, serves
 from models.kernels import kernels, operation
 
-Size = torch.Size
-
 # Written out, training is 4 to 10 times faster on 64 tokens and 1.4 times on 256, but all Lq x Lk scores are
 # there at once. Forward alone or in float32 fused is faster.
 EXPLICIT_MAX = 1024 * 1024
@@ -160,12 +158,12 @@ def _call(name: str, lie: tuple[Tensor, ...], mask: Tensor | None, *given: Tenso
     getattr(kernels(), name)(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
 
 
-def _forward_flops(query: Size, key: Size, *_: Any, **__: Any) -> int:
+def _forward_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
     """Of two products of matrices."""
     return 4 * math.prod(query) * key[2]
 
 
-def _backward_flops(query: Size, key: Size, *_: Any, **__: Any) -> int:
+def _backward_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
     """Of four; that scores are made again is no work that the network asks for."""
     return 2 * _forward_flops(query, key)
 
