@@ -542,10 +542,10 @@ class Run:
         if given is not None and name is not StageName.autoencoder and was.get("base") != given:
             differ.append(f"base was {was.get('base')}, now {given}")
         data = self.data_for(name).train
-        # Of a finished stage the moments may have been deleted, as nothing needs them any more.
-        gone = isinstance(data, ShardDataset) and not handed_over and ahead.reads_moments(checkpoint)
-        compared = not handed_over and not (gone and self.is_done(name, checkpoint))
-        if compared and state["dataset"] != data.fingerprint():
+        # A finished stage may have read moments that are deleted by now: nothing needs them any more.
+        done = self.is_done(name, checkpoint)
+        gone = done and isinstance(data, ShardDataset) and ahead.reads_moments(checkpoint)
+        if not (handed_over or gone) and state["dataset"] != data.fingerprint():
             found = changes(state["data"], data.describe()) if "data" in state else []
             told = "the shards hold other samples" + "".join(f"; {change}" for change in found[:5])
             if not self.data.allow_change:

@@ -214,8 +214,13 @@ def _norm_backward(
     return found
 
 
+def _made_by_gate(x: Tensor) -> Tensor:
+    """Room for the gated values [.. D] of `x` [.. 2D]."""
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
 def _gate_forward(x: Tensor) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    y = _made_by_gate(x)
     _call("gate_forward", x, *_rows(x), x.contiguous(), y)
     return y
 
@@ -259,7 +264,7 @@ operation(
 operation(
     "gate_forward(Tensor x) -> Tensor",
     _gate_forward,
-    lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
+    _made_by_gate,
 )
 operation(
     "gate_backward(Tensor x, Tensor up) -> Tensor",

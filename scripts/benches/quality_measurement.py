@@ -180,17 +180,17 @@ class Measurement:
     def ended(self, arm: Arm, chosen: Choice, seed: int, horizon: float, target: Score) -> Tried:
         """A training of `arm` for the share `horizon` of the budget, examined at its end."""
         trained = self.trained(arm, chosen.rate, seed, horizon)
-        scale = self.nearest(trained, -1, target)
+        scale = self.nearest(trained, target)
         score = self.score(trained, -1, scale, PROMPTS)
         return Tried(arm.name, seed, horizon, trained.points[-1], score, scale, score.reaches(target))
 
-    def nearest(self, trained: Trained, point: int, target: Score) -> float:
-        """The guidance scale that brings a training nearest to the target at a point, on the tuning prompts.
+    def nearest(self, trained: Trained, target: Score) -> float:
+        """The guidance scale that brings a training nearest to the target at its end, on the tuning prompts.
 
         More guidance buys adherence with distance, the more so the better the text is heard: no one scale
-        serves a target of both from the first point to the last.
+        serves a target of both for every horizon.
         """
-        return min(SCALES, key=lambda scale: self.score(trained, point, scale, TUNING).shortfall(target))
+        return min(SCALES, key=lambda scale: self.score(trained, -1, scale, TUNING).shortfall(target))
 
     def held(self, arm: Arm, chosen: Choice, seed: int, target: Score) -> Tried:
         """The point from which on a training for the whole budget stays at the target.
