@@ -20,7 +20,7 @@ from models.stages.ranks import Ranks
 #: Beside the stages, in a run's folder.
 FOLDER = "moments"
 _FLOAT = 4
-#: What else the disk of a run has to hold: checkpoints, pictures, other runs.
+#: So much of the free disk moments may take; checkpoints, pictures and other runs have the rest.
 _SHARE_OF_FREE = 1 / 4
 _STOPPED = (130, 143)
 _ERRORS: dict[int, type[Exception]] = {3: DataError, 4: CheckpointError}
