@@ -31,7 +31,7 @@ from torch import Tensor
 from conf.cli import main
 from conf.schema import StageName, make, plain
 from data.batch import Batch
-from data.datamodule import DataModule, Precompute, ShardData, changes, holds_moments
+from data.datamodule import DataModule, Precompute, ShardData, changes
 from data.index import DataError
 from data.moments import MomentsDataset
 from data.progress import Progress
@@ -51,8 +51,8 @@ from models.loading import (
 from models.pipeline import check_size, to_uint8
 from models.registry import ConfigError, build
 from models.sampling import Job
-from models.stages import ahead
 from models.stages.agreement import require_same_config
+from models.stages.ahead import Ahead, reads_moments
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
 from models.stages.cluster import Launcher, adopt_step
 from models.stages.compute import (
@@ -338,9 +338,11 @@ class Run:
                 f"stages=[autoencoder], then scripts/precompute.py {self.folder} {options.precomputed}"
             )
         if options.precomputed is None:
-            if not self.has_own_moments(done):
+            on_cpu = device_of(self.trainer).type == "cpu"
+            own = Ahead(PRECOMPUTE, self.folder, self.shards_read, options, self.ranks, on_cpu, self.say)
+            if not self.has_moments(own, done):
                 return
-            options = replace(options, precomputed=str(self.folder / ahead.FOLDER), precompute=Precompute.off)
+            options = replace(options, precomputed=str(own.folder), precompute=Precompute.off)
         text_encoder = self.networks[1]
         self.moments = options.open_moments(
             int(self.values["seed"]),
@@ -349,51 +351,20 @@ class Run:
             self.folder / "bad_samples.jsonl",
         )
 
-    def has_own_moments(self, done: Checkpoint) -> bool:
-        """Whether the diffusion stage reads moments that the run itself made, by its autoencoder `done`.
+    def has_moments(self, own: Ahead, done: Checkpoint) -> bool:
+        """Whether the diffusion stage reads the run's `own` moments, of its autoencoder `done`.
 
         Before the stage has begun they are made here, if that pays; then it goes on as it began.
-
-        Raises:
-            CheckpointError: it began with moments that are gone.
-            Exception: they are wanted and cannot be made.
         """
-        folder, begun = self.folder / ahead.FOLDER, self.newest(StageName.diffusion)
+        begun, samples = self.newest(StageName.diffusion), len(self.train_set)
         if begun is not None:
-            if not ahead.reads_moments(begun):
-                return False
-            there = bool(self.ranks.share(holds_moments(folder) if self.ranks.first else None))
-            if not there and not self.is_done(StageName.diffusion, begun):
-                raise CheckpointError(
-                    f"{begun.folder} was trained on stored moments, and {folder} has none; give "
-                    "data.precomputed=... if they are elsewhere, or make them again: python "
-                    f"scripts/precompute.py {self.folder} {folder}"
-                )
-            return there
-        samples, wanted = len(self.train_set), self.data.precompute is Precompute.on
+            return own.go_on(begun, self.is_done(StageName.diffusion, begun))
         if not self.data.encodes_ahead(samples, self.plans[StageName.diffusion].images):
             return False
         self.check_same(StageName.autoencoder, done)
-        needed = ahead.stored_bytes(self.data, self.networks[0], samples)
-        if not self.ranks.share(ahead.has_room(folder, needed) if self.ranks.first else None):
-            told = f"{folder}: {needed / 1e9:.3g} GB of moments would take over a quarter of the free disk"
-            if wanted:
-                raise OSError(f"{told}; free some, or train without: data.precompute=off")
-            self.say(f"{told}: pictures are encoded in every step")
-            return False
-        self.say(f"pictures are encoded once, ahead of the steps (data.precompute): {folder}")
         # The command builds the text encoder that the autoencoder's checkpoint names.
         same = done.document("config")["text_encoder"] == self.config["text_encoder"]
-        with_text = same and is_frozen(self.networks[1])
-        on_cpu = device_of(self.trainer).type == "cpu"
-        code = ahead.encode_ahead(
-            PRECOMPUTE, self.folder, self.shards_read, self.data, with_text, on_cpu, self.ranks
-        )
-        if code and wanted:
-            raise ahead.failure(folder, code)
-        if code:
-            self.say(f"scripts/precompute.py ended with exit code {code}: pictures are encoded in every step")
-        return not code
+        return own.make(self.networks[0], samples, same and is_frozen(self.networks[1]))
 
     def data_for(self, name: StageName) -> DataModule:
         """Batches of the size a stage wants."""
@@ -544,7 +515,7 @@ class Run:
         data = self.data_for(name).train
         # A finished stage may have read moments that are deleted by now: nothing needs them any more.
         done = self.is_done(name, checkpoint)
-        gone = done and isinstance(data, ShardDataset) and ahead.reads_moments(checkpoint)
+        gone = done and isinstance(data, ShardDataset) and reads_moments(checkpoint)
         if not (handed_over or gone) and state["dataset"] != data.fingerprint():
             found = changes(state["data"], data.describe()) if "data" in state else []
             told = "the shards hold other samples" + "".join(f"; {change}" for change in found[:5])
