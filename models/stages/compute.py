@@ -220,8 +220,11 @@ class Compute:
         return torch.compile(function, dynamic=False) if self.compiled and not self.by_block else function
 
     def call(self, network: nn.Module) -> Callable[..., Any]:
-        """What to call for the output of `network`: itself, or its forward pass compiled as a whole."""
-        return self.wrap(network.forward) if self.compiled and not self.by_block else network
+        """What to call for the output of `network`, hooks and all, or its forward pass compiled as a whole.
+
+        Never the network itself: a stage that kept one would take it for another of its parts.
+        """
+        return self.wrap(network.forward) if self.compiled and not self.by_block else network.__call__
 
     def set_blocks(self, networks: nn.Module) -> None:
         """Lets every block and layer of the trained `networks` compute in this way."""

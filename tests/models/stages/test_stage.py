@@ -1,6 +1,7 @@
 """A stage's state through a checkpoint: every bit comes back, and another network's is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,31 @@ def test_going_on_changes_no_bit(
     for mine, other in ((first.networks, second.networks), (first.ema.network, second.ema.network)):
         theirs = other.state_dict()
         assert all(torch.equal(theirs[key], value) for key, value in mine.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion", "distillation"])
+def test_it_may_be_compiled_once_it_is_there(
+    name: str, make_stage: MakeStage, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every run on a GPU is, and long ones on a CPU where that is faster; and eager again."""
+    compiled: list[Any] = []
+
+    def compile(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        compiled.append(function)
+        return lambda *given: function(*given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    stage = make_stage(name)
+    parts = [child for child, _ in stage.named_children()]
+    eager = stage.compute
+    found = [stage.mean_loss(make_batch(4)).item()]
+    for way in (replace(eager, compiled=True), eager):
+        stage.use(way)
+        found.append(stage.mean_loss(make_batch(4)).item())
+    assert compiled
+    assert found[0] == found[1] == found[2]
+    assert [child for child, _ in stage.named_children()] == parts
+    assert "_backbone" not in parts
 
 
 def test_what_it_says_of_itself(make_stage: MakeStage, tmp_path: Path) -> None:
