@@ -14,7 +14,7 @@ from conf.schema import plain, register
 Command = Callable[..., int]
 SMALL = (
     "rendered.images=8", "rendered.held_out=2", "data.resolution=32", "data.workers=0",
-    "autoencoder=f4c4", "optimizer/autoencoder=adamw",
+    "autoencoder=f4c4", "optimizer/autoencoder=adamw", "optimizer/diffusion=adamw",
     "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]",
     "backbone.norm_groups=4", "backbone.head_dim=16", "backbone.transformer_depth=[0,1]",
     "text_encoder.width=16", "text_encoder.layers=1", "text_encoder.heads=2",

@@ -87,7 +87,13 @@ class Muon(OptimizerSettings):
 
 
 class _MuonBesideAdamW(torch.optim.Optimizer):
-    """One optimizer of two: Muon's own group first, then those of `others`, whose state is kept here too."""
+    """One optimizer of two: Muon's own group first, then those of `others`, whose state is kept here too.
+
+    As torch's fused optimizers do, it leaves everything as it is where `found_inf` [] is 1, on the device.
+    """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -111,24 +117,32 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         """Applies the gradients, of `closure` where one is given; parameters without one stay as they are."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        group = self.param_groups[0]
+        group, refused = self.param_groups[0], self.found_inf
         parameters = [p for p in group["params"] if p.grad is not None]
-        moved = 1 - group["lr"] * group["weight_decay"]
-        for alike in _of_one_shape(zip(parameters, self._directions(parameters), strict=True)):
+        # A refused step takes nothing off and adds nothing, which changes no bit.
+        share = torch.ones((), device=group["params"][0].device) if refused is None else 1 - refused
+        left = 1 - group["lr"] * group["weight_decay"] * share
+        for alike in _of_one_shape(zip(parameters, self._directions(parameters, refused), strict=True)):
             directions = orthogonalised(torch.stack([direction for _, direction in alike]))
-            scale = group["lr"] * self.update_rms * math.sqrt(max(directions.shape[1:]))
+            directions *= group["lr"] * self.update_rms * math.sqrt(max(directions.shape[1:])) * share
             for (parameter, _), direction in zip(alike, directions, strict=True):
-                parameter.mul_(moved).add_(direction.view(parameter.shape), alpha=-scale)
+                parameter.mul_(left).sub_(direction.view(parameter.shape))
+        if refused is not None:
+            self.others.found_inf = refused  # type: ignore[attr-defined]
         self.others.step()
         return loss
 
-    def _directions(self, parameters: list[Tensor]) -> list[Tensor]:
-        """The gradients with Nesterov's momentum, as matrices `[outputs, the rest]`."""
+    def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> list[Tensor]:
+        """The gradients with Nesterov's momentum, as matrices `[outputs, the rest]`; finite where refused."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         means = [self.state[p]["momentum"] for p in parameters]
+        if refused is not None:
+            is_refused = refused > 0
+            pairs = zip(means, gradients, strict=True)
+            gradients = [torch.where(is_refused, mean, gradient) for mean, gradient in pairs]
         torch._foreach_lerp_(means, gradients, 1 - self.momentum)
         return [each.flatten(1) for each in torch._foreach_lerp(gradients, means, self.momentum)]
 

@@ -29,7 +29,8 @@ TIMED = {"images_per_second", "data_wait_share", "peak_memory_gib", "step_ms_p50
 TIMED |= {"step_ms_max", "mfu", "slowest_rank", "slowest_rank_factor", "device_hours", "device_hours_to_go"}
 WORDS = (
     "data.resolution=16", "data.val_fraction=0.1", "data.workers=0", "data.block_shards=2",
-    "autoencoder=f4c4", "optimizer/autoencoder=adamw", "optimizer.diffusion.lr=1.5e-3",
+    "autoencoder=f4c4", "optimizer/autoencoder=adamw", "optimizer/diffusion=adamw",
+    "optimizer.diffusion.lr=1.5e-3",
     "autoencoder.channels=[8,8,8]", "autoencoder.norm_groups=4", "backbone.channels=[16,16]",
     "backbone.norm_groups=4", "backbone.head_dim=16", "backbone.transformer_depth=[0,1]",
     "text_encoder.width=16", "text_encoder.layers=1", "text_encoder.heads=2",

@@ -18,7 +18,7 @@ from scripts.benches.learning import DECIDES, difference, order, read_arms
 TINY = [
     "backbone.channels=[8,16]", "backbone.head_dim=8", "backbone.norm_groups=4", "text_encoder.width=8",
     "text_encoder.layers=1", "data.resolution=32", "autoencoder=f4c4", "optimizer/autoencoder=adamw",
-    "autoencoder.channels=[8,8]", "autoencoder.norm_groups=4",
+    "optimizer/diffusion=adamw", "autoencoder.channels=[8,8]", "autoencoder.norm_groups=4",
     "plan.diffusion.batch_size=8", "trainer.precision=fp32", "trainer.compile=off", "sampling.num_steps=2",
 ]  # fmt: skip
 

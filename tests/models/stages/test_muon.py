@@ -151,6 +151,29 @@ def test_the_learning_rate_of_every_group_counts() -> None:
     assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_refused_step_changes_no_bit(first: bool) -> None:
+    """It is refused by a tensor, which on a GPU nobody waits for, and whatever its gradients are."""
+    network, other = with_gradients(), with_gradients()
+    optimizer, theirs = Muon(lr=0.1).build(network), Muon(lr=0.1).build(other)
+    for each in (optimizer, theirs) if not first else ():
+        each.found_inf = torch.tensor(0.0)
+        each.step()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = None if p.grad is None else p.grad.clone().fill_(math.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters(), strict=True))
+    for name, p in network.named_parameters():
+        p.grad = gradients[name]
+    for each in (optimizer, theirs):
+        each.found_inf = torch.tensor(0.0)
+        each.step()
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters(), strict=True))
+    assert not torch.equal(network.conv.weight, with_gradients().conv.weight)
+
+
 def test_without_a_gradient_nothing_moves() -> None:
     network = with_gradients()
     network.conv.weight.grad = None
