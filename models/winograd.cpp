@@ -17,6 +17,8 @@
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
 constexpr float A = 0.75f, B = 1.5f, AA = A * A, BB = B * B, SUM = AA + BB, ALL = AA * BB;
+// One over the product of a point's distances to the others, but for infinity: of 0, +-A and +-B.
+constexpr float AT_0 = 1 / ALL, AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
 
 struct Map {
     int64_t samples, height, width, channels, plane;
@@ -30,7 +32,20 @@ static inline Lanes load(const float *from) {
 
 static inline void store(float *to, Lanes value) { std::memcpy(to, &value, sizeof(value)); }
 
-// One line of a tile each: 6 inputs to 6 products' factors, and 6 products to 4 outputs; then the transposed.
+// One line each: 3 numbers of a kernel to 6, 6 inputs to 6 products' factors, and 6 products to 4 outputs; then the
+// transposed.
+static inline void of_kernel(const Lanes *g, Lanes *u) {
+    Lanes even = AT_A * (g[0] + AA * g[2]), odd = AT_A * A * g[1];
+    u[1] = even + odd;
+    u[2] = even - odd;
+    even = AT_B * (g[0] + BB * g[2]);
+    odd = AT_B * B * g[1];
+    u[3] = even + odd;
+    u[4] = even - odd;
+    u[0] = AT_0 * g[0];
+    u[5] = g[2];
+}
+
 static inline void of_input(const Lanes *x, Lanes *v) {
     Lanes even = x[4] - BB * x[2], odd = A * (x[3] - BB * x[1]);
     v[1] = even + odd;
@@ -73,6 +88,13 @@ static inline void of_factor_gradient(const Lanes *v, Lanes *x) {
     x[5] = v[5];
 }
 
+static inline void of_kernel_gradient(const Lanes *u, Lanes *g) {
+    Lanes p = AT_A * (u[1] + u[2]), q = AT_A * (u[1] - u[2]), r = AT_B * (u[3] + u[4]), s = AT_B * (u[3] - u[4]);
+    g[0] = AT_0 * u[0] + p + r;
+    g[1] = A * q + B * s;
+    g[2] = AA * p + BB * r + u[5];
+}
+
 // All lines of a tile, then all columns of what comes of them.
 template <int FROM, int TO, class F>
 static inline void both(Lanes (&tile)[FROM][FROM], Lanes (&out)[TO][TO], F line) {
@@ -99,6 +121,34 @@ static void tiles(const Map &map, int threads, F each) {
             for (int64_t j = 0; j < across; j++)
                 for (int64_t c = 0; c < map.channels; c += LANES)
                     each(b, 4 * i, 4 * j, (b * down + i) * across + j, c);
+}
+
+// Kernels [out 3 3 in] to 36 planes of [out in], `plane` numbers apart.
+extern "C" void winograd_kernel(int64_t out, int64_t within, int64_t plane, const float *kernel, float *planes,
+                                int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t c = 0; c < within; c += LANES) {
+            Lanes in[3][3], made[6][6];
+            for (int k = 0; k < 9; k++) in[k / 3][k % 3] = load(kernel + (9 * o + k) * within + c);
+            both<3, 6>(in, made, of_kernel);
+            float *to = planes + o * within + c;
+            for (int k = 0; k < 36; k++) store(to + k * plane, made[k / 6][k % 6]);
+        }
+}
+
+// Gradients of those planes to gradients of kernels.
+extern "C" void winograd_kernel_gradient(int64_t out, int64_t within, int64_t plane, const float *of_planes,
+                                         float *of_kernels, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t c = 0; c < within; c += LANES) {
+            Lanes in[6][6], made[3][3];
+            const float *from = of_planes + o * within + c;
+            for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(from + k * plane);
+            both<6, 3>(in, made, of_kernel_gradient);
+            for (int k = 0; k < 9; k++) store(of_kernels + (9 * o + k) * within + c, made[k / 3][k % 3]);
+        }
 }
 
 // Inputs to factors: one more position around each tile.

@@ -27,8 +27,9 @@ LEAST_TILES = 16
 #: Floats between planes: at powers of two apart they would fall on the same lines of a cache.
 _APART = 48
 _SPACE = CHUNK + 36 * _APART
-_A, _B = 0.75, 1.5
-#: Of each thread, kept: fresh memory of the system costs more than a transform.
+#: Floats kept for the transform of a kernel, and as many for its gradient: those of 256 channels to 256.
+_KERNEL_SPACE = 36 * (256 * 256 + _APART)
+#: Of each thread, kept: memory that no cache holds any more costs more than a transform.
 _rooms = threading.local()
 
 
@@ -90,45 +91,48 @@ class Winograd(torch.autograd.Function):
         up = gradients[0].contiguous(memory_format=torch.channels_last)
         of_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         kernel = transform(weight)
-        of_kernel = torch.zeros_like(kernel)
+        of_kernel = kernel_planes(1, weight, 0)
         for part in chunks(x, max(weight.shape[:2])):
             factors, products = planes(0, x[part]), planes(1, up[part])
             _call("winograd_input", x[part], factors)
             _call("winograd_output_gradient", up[part], products)
-            of_kernel.baddbmm_(products.transpose(1, 2), factors)
+            if part.start == 0:
+                torch.bmm(products.transpose(1, 2), factors, out=of_kernel)
+            else:
+                of_kernel.baddbmm_(products.transpose(1, 2), factors)
             if of_x is not None:
                 torch.bmm(products, kernel, out=factors)  # the factors have served, and lend their place
                 _call("winograd_input_gradient", of_x[part], factors)
         of_bias = up.sum((0, 2, 3)) if ctx.biased else None
-        return of_x, inverse(of_kernel).to(memory_format=torch.channels_last), of_bias
-
-
-def kernel_matrix() -> Tensor:
-    """What makes a kernel's 3x3 numbers into 36: [36 9], the square of the transform of a line."""
-    points = [0.0, _A, -_A, _B, -_B]
-    lines = []
-    for point in points:
-        scale = 1.0
-        for other in points:
-            scale *= point - other if other != point else 1.0
-        lines.append([1 / scale, point / scale, point * point / scale])
-    line = torch.tensor([*lines, [0.0, 0.0, 1.0]], dtype=torch.float64)
-    return torch.kron(line, line).float()
-
-
-_KERNEL = kernel_matrix()
+        return of_x, inverse(of_kernel), of_bias
 
 
 def transform(weight: Tensor) -> Tensor:
-    """The transformed kernels [36 out in] of `weight` [out in 3 3]."""
-    out, within = weight.shape[:2]
-    return (_KERNEL @ weight.permute(2, 3, 0, 1).reshape(9, out * within)).view(36, out, within)
+    """The transformed kernels [36 out in] of `weight` [out in 3 3], until the next are made."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    kernel = kernel_planes(0, weight, _APART)
+    _call_kernel("winograd_kernel", kernel, weight, kernel)
+    return kernel
 
 
 def inverse(of_kernel: Tensor) -> Tensor:
-    """The gradient of a weight [out in 3 3] from that of its transform [36 out in]."""
-    _, out, within = of_kernel.shape
-    return (_KERNEL.t() @ of_kernel.view(36, out * within)).view(3, 3, out, within).permute(2, 3, 0, 1)
+    """The gradient of a weight [out in 3 3] from that of its transform [36 out in], channels-last."""
+    shape = (*of_kernel.shape[1:], 3, 3)
+    of_weight = torch.empty(shape, dtype=of_kernel.dtype, memory_format=torch.channels_last)
+    _call_kernel("winograd_kernel_gradient", of_kernel, of_kernel, of_weight)
+    return of_weight
+
+
+def kernel_planes(number: int, weight: Tensor, apart: int) -> Tensor:
+    """Room 0 or 1 for the transform of `weight` [out in 3 3]: [36 out in], planes `apart` floats apart."""
+    out, within = weight.shape[:2]
+    plane = out * within + apart
+    if 36 * plane > _KERNEL_SPACE:
+        return weight.new_empty(36 * plane).as_strided((36, out, within), (plane, within, 1))
+    if not hasattr(_rooms, "kernels"):
+        _rooms.kernels = torch.empty(2 * _KERNEL_SPACE)
+    room: Tensor = _rooms.kernels
+    return room.as_strided((36, out, within), (plane, within, 1), number * _KERNEL_SPACE)
 
 
 def chunks(x: Tensor, channels: int) -> list[slice]:
@@ -160,3 +164,13 @@ def _call(name: str, x: Tensor, transformed: Tensor, *more: Tensor | None) -> No
     tensors = [x, transformed] if begins else [transformed, *more, x]
     addresses = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in tensors]
     getattr(library, name)(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
+
+
+def _call_kernel(name: str, transformed: Tensor, read: Tensor, written: Tensor) -> None:
+    """Calls a transform between kernels and their planes, `transformed` [36 out in]."""
+    library = kernels()
+    assert library is not None
+    _, out, within = transformed.shape
+    sizes = [ctypes.c_int64(each) for each in (out, within, transformed.stride(0))]
+    addresses = [ctypes.c_void_p(each.data_ptr()) for each in (read, written)]
+    getattr(library, name)(*sizes, *addresses, ctypes.c_int(torch.get_num_threads()))

@@ -58,7 +58,8 @@ def test_portions_of_the_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "CHUNK", 36 * 80 * 4 * 2)
     assert winograd.chunks(x, 80) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert all(error(*pair) < 5e-6 for pair in zip(outcome(conv, x, up), whole, strict=True))
-    monkeypatch.setattr(winograd, "_SPACE", 0)  # as where one sample fills more than is kept
+    monkeypatch.setattr(winograd, "_SPACE", 0)  # as where one sample, or one kernel, fills more than is kept
+    monkeypatch.setattr(winograd, "_KERNEL_SPACE", 0)
     assert all(error(*pair) < 5e-6 for pair in zip(outcome(conv, x, up), whole, strict=True))
 
 
