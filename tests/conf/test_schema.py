@@ -160,7 +160,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], Any]] = [
     ("grid=log_snr", lambda v: build("grid", v["grid"]).keywords, {"lowest": -9.0, "highest": 9.0}),
     ("data.flip=true", lambda v: make("data", v["data"]).flip, True),
     ("reconstruction.distance=l1", lambda v: make("reconstruction", v["reconstruction"]).distance.name, "l1"),
-    ("optimizer.diffusion.beta2=0.5", lambda v: staged("optimizer", "diffusion", v).beta2, 0.5),
+    ("optimizer.diffusion.momentum=0.5", lambda v: staged("optimizer", "diffusion", v).momentum, 0.5),
     ("plan.autoencoder.gradient_clip=7", lambda v: staged("plan", "autoencoder", v).gradient_clip, 7.0),
 ]  # fmt: skip
 

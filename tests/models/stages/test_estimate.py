@@ -189,5 +189,5 @@ def test_the_command_prints_a_table_and_begins_nothing(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "hsdp 2x4" in done.stdout
-    assert "8 devices, 32 images a step, 4 at a time" in done.stdout
+    assert "8 devices, 16 images a step, 2 at a time" in done.stdout
     assert list(tmp_path.iterdir()) == []
