@@ -119,7 +119,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
         parameters = [p for p in group["params"] if p.grad is not None]
-        # A refused step takes nothing off and adds nothing, which changes no bit.
+        # A refused step takes nothing off and adds nothing, which changes no number.
         share = torch.ones((), device=group["params"][0].device) if refused is None else 1 - refused
         left = 1 - group["lr"] * group["weight_decay"] * share
         for alike in _of_one_shape(zip(parameters, self._directions(parameters, refused), strict=True)):
@@ -127,8 +127,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
             directions *= group["lr"] * self.update_rms * math.sqrt(max(directions.shape[1:])) * share
             for (parameter, _), direction in zip(alike, directions, strict=True):
                 parameter.mul_(left).sub_(direction.view(parameter.shape))
-        if refused is not None:
-            self.others.found_inf = refused  # type: ignore[attr-defined]
+        self.others.found_inf = refused  # type: ignore[attr-defined]
         self.others.step()
         return loss
 
