@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch.library import Library, register_fake
+from torch import library as operations
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "winograd.cpp", "attention.cpp"))
 #: Neither flag lets numbers that are not finite pass for others, which the guard of the training looks for.
@@ -28,7 +28,7 @@ COMPILERS = ("g++", "c++", "clang++")
 #: Seconds after which a compiler is given up.
 PATIENCE = 300.0
 
-_OPERATIONS = Library("firstlight", "DEF")
+_OPERATIONS = operations.Library("firstlight", "DEF")
 
 
 class Shape(ctypes.Structure):
@@ -47,7 +47,7 @@ def operation(schema: str, function: Callable[..., Any], fake: Callable[..., Any
     """
     name = _OPERATIONS.define(schema)
     _OPERATIONS.impl(name, function, "CPU")
-    register_fake(f"firstlight::{name}", fake, lib=_OPERATIONS)
+    operations.register_fake(f"firstlight::{name}", fake, lib=_OPERATIONS)
 
 
 @lru_cache(maxsize=1)

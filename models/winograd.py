@@ -9,6 +9,7 @@ Errors are 2e-6 of the largest result, several times those of the sum. Used by t
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Winograd(torch.autograd.Function):
         up = gradients[0].contiguous(memory_format=torch.channels_last)
         of_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         kernel = transform(weight)
-        of_kernel = kernel_planes(1, weight, 0)
+        of_kernel = kernel_planes(1, weight, 0)  # products are written at once only to planes without gaps
         for part in chunks(x, max(weight.shape[:2])):
             factors, products = planes(0, x[part]), planes(1, up[part])
             _call("winograd_input", x[part], factors)
@@ -124,15 +125,8 @@ def inverse(of_kernel: Tensor) -> Tensor:
 
 
 def kernel_planes(number: int, weight: Tensor, apart: int) -> Tensor:
-    """Room 0 or 1 for the transform of `weight` [out in 3 3]: [36 out in], planes `apart` floats apart."""
-    out, within = weight.shape[:2]
-    plane = out * within + apart
-    if 36 * plane > _KERNEL_SPACE:
-        return weight.new_empty(36 * plane).as_strided((36, out, within), (plane, within, 1))
-    if not hasattr(_rooms, "kernels"):
-        _rooms.kernels = torch.empty(2 * _KERNEL_SPACE)
-    room: Tensor = _rooms.kernels
-    return room.as_strided((36, out, within), (plane, within, 1), number * _KERNEL_SPACE)
+    """Room 0 or 1 for the transform of `weight` [out in 3 3]: [36 out in], `apart` floats between planes."""
+    return _room("kernels", _KERNEL_SPACE, number, weight, weight.shape[:2], apart)
 
 
 def chunks(x: Tensor, channels: int) -> list[slice]:
@@ -144,15 +138,24 @@ def chunks(x: Tensor, channels: int) -> list[slice]:
 
 def planes(number: int, x: Tensor) -> Tensor:
     """Room 0 or 1 for the transform of `x` [B C h w]: [36 tiles C], whatever was there before."""
-    samples, channels = x.shape[:2]
-    tiles = samples * (x.shape[2] // TILE) * (x.shape[3] // TILE)
-    apart = tiles * channels + _APART
-    if 36 * apart > _SPACE:  # one sample alone is more
-        return x.new_empty(36 * apart).as_strided((36, tiles, channels), (apart, channels, 1))
-    if not hasattr(_rooms, "both"):
-        _rooms.both = torch.empty(2 * _SPACE)
-    room: Tensor = _rooms.both
-    return room.as_strided((36, tiles, channels), (apart, channels, 1), number * _SPACE)
+    tiles = x.shape[0] * (x.shape[2] // TILE) * (x.shape[3] // TILE)
+    return _room("maps", _SPACE, number, x, (tiles, x.shape[1]), _APART)
+
+
+def _room(kept: str, space: int, number: int, like: Tensor, shape: Sequence[int], apart: int) -> Tensor:
+    """36 planes of `shape`, `apart` floats between them, in room 0 or 1 of `space` floats that are `kept`.
+
+    What takes more than a room, as one sample alone may, gets memory of its own.
+    """
+    rows, columns = shape
+    plane = rows * columns + apart
+    strided = (36, rows, columns), (plane, columns, 1)
+    if 36 * plane > space:
+        return like.new_empty(36 * plane).as_strided(*strided)
+    if not hasattr(_rooms, kept):
+        setattr(_rooms, kept, torch.empty(2 * space))
+    room: Tensor = getattr(_rooms, kept)
+    return room.as_strided(*strided, number * space)
 
 
 def _call(name: str, x: Tensor, transformed: Tensor, *more: Tensor | None) -> None:

@@ -119,8 +119,9 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
         parameters = [p for p in group["params"] if p.grad is not None]
-        # A refused step takes nothing off and adds nothing, which changes no number.
-        share = torch.ones((), device=group["params"][0].device) if refused is None else 1 - refused
+        # A refused step takes nothing off and adds nothing, which changes no number. A tensor in either case,
+        # as a number would be rounded otherwise; one of the CPU without dimensions goes with any device.
+        share = torch.ones(()) if refused is None else 1 - refused
         left = 1 - group["lr"] * group["weight_decay"] * share
         for alike in _of_one_shape(zip(parameters, self._directions(parameters, refused), strict=True)):
             directions = orthogonalised(torch.stack([direction for _, direction in alike]))
