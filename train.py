@@ -36,11 +36,12 @@ from data.index import DataError
 from data.moments import MomentsDataset
 from data.progress import Progress
 from data.shards import ShardDataset
-from evaluation.report import contact_sheet, make_report
+from evaluation.report import contact_sheet, has_judge, judge_folder, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.diffusion.distillation import Distillation, Lesson
 from models.loading import (
     MODEL_KEYS,
+    PICTURING,
     STUDENT_KEY,
     build_decoder,
     build_networks,
@@ -54,6 +55,7 @@ from models.sampling import Job
 from models.stages.agreement import require_same_config
 from models.stages.ahead import Ahead, reads_moments
 from models.stages.base import TAKEN, Base, apart, is_handed_over, same_autoencoder
+from models.stages.beside import Beside
 from models.stages.cluster import Launcher, adopt_step
 from models.stages.compute import (
     Compute,
@@ -87,6 +89,8 @@ if TYPE_CHECKING:
 EVALUATE = Path(__file__).resolve().parent / "scripts" / "evaluate.py"
 #: What encodes pictures ahead of the diffusion stage.
 PRECOMPUTE = EVALUATE.with_name("precompute.py")
+#: What trains the judge of landscapes, behind all other work; its folder follows.
+JUDGE = (sys.executable, str(EVALUATE.with_name("judge.py")), "--nice=10")
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
@@ -125,8 +129,13 @@ def train(config: DictConfig) -> None:
             run.say(f"{ranks.size} ranks with one configuration, SHA-256 {same[:16]}")
         run.open_data()
         stages = run.prepare()
+        judge = run.train_judge(stages)
+        if judge is not None:
+            stack.enter_context(judge)
         for stage in stages:
             run.fit(stage)
+        if judge is not None:
+            judge.wait()  # it is done long before, but for a training of seconds
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()
@@ -529,6 +538,20 @@ class Run:
                 f"{checkpoint.folder} was made with other settings ({shown}); "
                 "use those again, or give this run another name=..."
             )
+
+    def train_judge(self, stages: list[Stage]) -> Beside | None:
+        """A process that trains the judge of the pictures beside `stages`.
+
+        None where there is a judge, none is needed, or no core would be idle: the report then trains it.
+        """
+        makes_pictures = any(stage.name in PICTURING for stage in stages)
+        if self.rendered is None or not makes_pictures or not self.ranks.first:
+            return None
+        compute, folder = stages[0].compute, judge_folder(self.folder)
+        busy = (compute.threads or torch.get_num_threads()) if compute.device.type == "cpu" else 1
+        if len(os.sched_getaffinity(0)) <= busy * self.ranks.local_size or has_judge(folder):
+            return None
+        return Beside([*JUDGE, str(folder)])
 
     def build_stage(self, name: StageName) -> Stage:
         """The stage, with fresh weights."""

@@ -166,7 +166,7 @@ def make_report(
     }
     figures: dict[str, Any] = {"run": folder.name}
     if judged:
-        judge = find_judge(folder.parent / "judge")
+        judge = find_judge(judge_folder(folder))
         images = made.float() / 127.5 - 1
         figures["adherence"] = score(judge, images, [sample.record for sample in samples])
         figures["judge"] = dict(judge.card.accuracies)
@@ -197,6 +197,20 @@ def make_report(
     write_report(folder, f"Firstlight: {folder.name}", figures, pictures, config)
     for line in _lines(figures):
         print(line)
+
+
+def judge_folder(run: Path) -> Path:
+    """Where the judge of the pictures of a `run` is kept: beside it, for all runs there."""
+    return run.parent / "judge"
+
+
+def has_judge(folder: Path) -> bool:
+    """Whether `folder` has a judge that can be used."""
+    try:
+        load_judge(folder)
+    except JudgeError:
+        return False
+    return True
 
 
 def find_judge(folder: Path) -> AdherenceJudge:

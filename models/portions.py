@@ -28,14 +28,19 @@ def rows_for(limit: int, height: int, width: int) -> int:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """None; torch computes on one thread inside, so that no sum depends on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def on_threads(count: int) -> Iterator[None]:
+    """None; torch computes on `count` threads inside, 0 being as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """A context in which torch computes on one thread, so that no sum depends on how many there are."""
+    return on_threads(1)
 
 
 class Portions:

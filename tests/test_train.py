@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import evaluation.report
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
 from models.stages import ahead, preflight
@@ -80,6 +81,32 @@ def first(place: Path, command: Command) -> Path:
     if not (folder / "report.json").exists():
         assert command("train", *WORDS) == 0
     return folder
+
+
+#: In place of the minute that training a judge takes.
+QUICK_JUDGE = f"""import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
+from pathlib import Path
+import evaluation.report
+from evaluation.adherence import AdherenceJudge, save_judge
+save_judge(AdherenceJudge(), Path(sys.argv[1]))"""
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_judge_is_trained_beside_where_a_core_is_idle(
+    cores: int, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "JUDGE", (sys.executable, "-c", QUICK_JUDGE))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    in_the_report: list[int] = []
+
+    def train_judge(seed: int, progress: Any) -> tuple[AdherenceJudge, dict[str, float]]:
+        in_the_report.append(seed)
+        return AdherenceJudge(), {}
+
+    monkeypatch.setattr(evaluation.report, "train_judge", train_judge)
+    assert command("train", *WORDS, f"folder=judged-{cores}") == 0
+    assert (place / f"judged-{cores}" / "judge" / "judge.json").exists()
+    assert in_the_report == ([0] if cores == 1 else [])
 
 
 def copied(first: Path, name: str) -> tuple[Path, str]:

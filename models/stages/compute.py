@@ -32,6 +32,8 @@ from models.winograd import Conv2d
 FP8_CAPABILITY = (8, 9)
 #: Seconds of eager training from which on compiling on a CPU is tried: it takes one to two minutes.
 COMPILE_PAYS_AFTER = 1200
+#: FLOPs of a training step that a CPU thread has at least; with fewer, threads wait longer than they compute.
+FLOPS_A_THREAD = 1e9
 
 
 class Precision(Enum):
@@ -189,6 +191,8 @@ class Compute:
     #: Norms, gates, the blocks' attention and, not compiled, 3x3 convolutions go through the machine's own
     #: kernels in training.
     native: bool = False
+    #: CPU threads of each process in training; 0 is as many as torch has.
+    threads: int = 0
 
     def document(self) -> dict[str, Any]:
         """What to compute alike takes, as JSON values; without the reason."""
@@ -255,6 +259,7 @@ class Compute:
         layout = "channels-last" if self.channels_last else "channels-first"
         compiled = f"compiled{' by the block' if self.by_block else ''}" if self.compiled else "eager"
         compiled += ", own kernels" if self.native else ""
+        compiled += f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else ""
         how = f"{precision}, {layout}, {compiled}{', blocks recomputed' if self.recompute else ''}"
         return f"{self.device.type}, {how}" + (f" ({self.reason})" if self.reason else "")
 
@@ -390,6 +395,17 @@ def set_threads(options: TrainerOptions, local_size: int = 1) -> None:
     """Fixes the number of CPU threads torch computes with in each of `local_size` processes."""
     share = 1 if options.reduce is Reduce.tree else max(1, len(os.sched_getaffinity(0)) // local_size)
     torch.set_num_threads(options.threads or share)
+
+
+def threads_for(options: TrainerOptions, flops: float) -> int:
+    """CPU threads for a stage with `flops` FLOPs a step and process: as many as torch has, if they have work.
+
+    The rest of the machine is left to what runs beside the training.
+    """
+    most = torch.get_num_threads()
+    if options.threads or device_of(options).type != "cpu":
+        return most
+    return max(1, min(most, int(flops / FLOPS_A_THREAD)))
 
 
 def allow_shapes(count: int) -> None:

@@ -6,8 +6,6 @@ run, and none of its failures is one of the run. Used by `models.stages.evaluati
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from models.stages.launch import PARENT
-
-#: What a rank's environment says of its place among others, which an evaluation has no part in.
-_PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: Seconds that a stopped evaluation gets to end by itself.
-_GRACE = 5.0
+from models.stages.beside import Beside
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Evaluations:
         self.command = list(command)
         self.folder = folder
         self.options = options
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Beside | None = None
         self._images = 0
 
     def __enter__(self) -> Self:
@@ -112,38 +105,27 @@ class Evaluations:
             "variety.prompts": options.prompts, "variety.seeds": options.seeds, "device": options.device,
             "overwrite": "true",
         }  # fmt: skip
-        environment = {key: value for key, value in os.environ.items() if key not in _PLACE}
-        environment |= {PARENT: str(os.getpid()), "OMP_NUM_THREADS": str(options.threads)}
+        command = [*self.command, *(f"{key}={value}" for key, value in words.items())]
         self._images = images
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._log().open("wb") as log:
-                self._process = subprocess.Popen(
-                    [*self.command, *(f"{key}={value}" for key, value in words.items())],
-                    env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                )  # fmt: skip
+            self._process = Beside(command, options.threads, self._log())
         except OSError as error:
             return Evaluated(images, {}, (), f"it could not be started: {error}")
         return None
 
     def poll(self) -> Evaluated | None:
         """What came of the one that was started, once; None while it runs, and where there is none."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or (code := self._process.code) is None:
             return None
-        code, self._process = self._process.returncode, None
+        self._process = None
         card = _read(self.folder / f"{self._images:012d}" / "card.json") if code == 0 else None
         return card or Evaluated(self._images, {}, (), f"it ended with {code}: {self._last_line()}")
 
     def stop(self) -> None:
         """Stops the one that runs; its pictures stay, for the next time."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            self._process.stop()
         self._process = None
 
     def _log(self) -> Path:

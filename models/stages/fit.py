@@ -14,6 +14,7 @@ from data.datamodule import DataModule
 from data.progress import Progress
 from models.checkpoint import Checkpoint
 from models.loading import PICTURING
+from models.portions import on_threads
 from models.stages.averages import PowerFunctionAverage
 from models.stages.callbacks import (
     Checkpointing,
@@ -97,6 +98,7 @@ def fit(work: Work, session: Session) -> None:
             nullcontext() if evaluating is None else evaluating.evaluations,
             saver,
             out_of_memory(stage.name, stage.compute.device),
+            on_threads(stage.compute.threads),
         ):
             trainer = _train(work, session, callbacks, saver)
             if stage.images_seen >= stage.plan.images:

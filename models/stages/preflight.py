@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.batch import Batch
 from data.progress import duration
 from models.attention import FLOPS
-from models.stages.compute import Compute, Reduce, decide, seconds_a_call
+from models.portions import on_threads
+from models.stages.compute import Compute, Reduce, choose, decide, seconds_a_call, threads_for
 from models.stages.division import Division, divide
 from models.stages.effort import Effort, matmul_ceiling
 from models.stages.session import Session
@@ -69,6 +70,8 @@ def preflight(
     steps = -(-images // stage.plan.batch_size)
     options = session.options
     division = divide(f"plan.{stage.name}", stage.plan.batch_size, session.ranks.size, options)
+    flops, activations = _count(stage, choose(options, before), batch)
+    threads = threads_for(options, flops * division.micro_batch)
 
     def step_seconds(way: Compute) -> float:
         stage.use(way)
@@ -79,8 +82,9 @@ def preflight(
         seconds = seconds_a_call(lambda: _step(stage, part), way.device, budget=0.0)
         return division.parts * max(each for (each,) in session.ranks.gather([seconds]))
 
-    compute, seconds_a_step = decide(options, step_seconds, steps, before)
-    flops, activations = _count(stage, compute, batch)
+    with on_threads(threads):
+        compute, seconds_a_step = decide(options, step_seconds, steps, before)
+    compute = replace(compute, threads=threads)
     stage.use(compute)
     parameters = sum(p.numel() for p in stage.networks.parameters())
     weights = parameters * _FLOAT_BYTES

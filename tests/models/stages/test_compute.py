@@ -20,6 +20,7 @@ from models.stages.compute import (
     TrainerOptions,
     decide,
     set_threads,
+    threads_for,
 )
 
 
@@ -150,6 +151,17 @@ def test_threads() -> None:
         torch.set_num_threads(before)
     with pytest.raises(ValueError, match="threads is -1"):
         TrainerOptions(threads=-1)
+
+
+def test_small_steps_are_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    auto, given = TrainerOptions(), TrainerOptions(threads=4)
+    found = [threads_for(auto, flops) for flops in (0, 1.9e9, 2.1e9, 1e12)]
+    assert found == [1, 1, 2, 4]
+    assert threads_for(given, 0) == 4
+    monkeypatch.setattr(module, "device_of", lambda _: torch.device("cuda"))
+    assert threads_for(auto, 0) == 4
+    assert ", 1 thread" in str(Compute(torch.device("cpu"), False, True, False, "", threads=1))
 
 
 def test_autocast_and_layout() -> None:
