@@ -1,10 +1,14 @@
-// The transforms of models/winograd.py: 3x3 convolutions by tiles of 4x4 outputs and 6x6 inputs.
+// 3x3 convolutions by tiles of 4x4 outputs and 6x6 inputs, and the gradients of their kernels: models/winograd.py.
 //
 // The interpolation points are 0, +-A, +-B and infinity (Lavin and Gray 2016, arXiv:1509.09308; for A = 3/4
 // and B = 3/2 errors are a fifth of those of 1 and 2: Barabasz et al. 2020, arXiv:1803.10986, on the choice).
-// Maps are [samples height width channels], transformed ones [36] planes of [tiles channels], `plane` numbers
-// apart. Height and width are multiples of 4, channels of LANES; outside of the map there are zeros.
+// Maps are [samples height width channels], height and width multiples of 4, channels of 16; outside of a map
+// there are zeros. A transformed map or kernel is 36 planes. Each thread takes a few tiles through both transforms
+// and the products between them, which stay in its cache: what a thread waits for is all that threads cost.
 
+#include <omp.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -20,8 +24,19 @@ constexpr float A = 0.75f, B = 1.5f, AA = A * A, BB = B * B, SUM = AA + BB, ALL 
 // One over the product of a point's distances to the others, but for infinity: of 0, +-A and +-B.
 constexpr float AT_0 = 1 / ALL, AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
 
-struct Map {
-    int64_t samples, height, width, channels, plane;
+// Rows of a product that are made at once, two Lanes each: as many as registers hold.
+constexpr int ROWS = LANES == 16 ? 12 : 6;
+constexpr int64_t PANEL = 2 * LANES;
+// Floats between planes: at powers of two apart they would fall on the same lines of a cache.
+constexpr int64_t APART = 48;
+// Floats of a thread's transformed tiles, of both maps, that its own cache holds; and of those of all threads.
+constexpr int64_t NEAR = 128 * 1024, SHARED = 256 * 1024;
+
+struct Convolution {
+    int64_t samples, height, width, within, out;
+
+    int64_t tiles() const { return samples * (height / 4) * (width / 4); }
+    int64_t kernel_plane() const { return within * out + APART; }
 };
 
 static inline Lanes load(const float *from) {
@@ -78,16 +93,6 @@ static inline void of_output_gradient(const Lanes *y, Lanes *w) {
     w[5] = y[3];
 }
 
-static inline void of_factor_gradient(const Lanes *v, Lanes *x) {
-    Lanes p = v[1] + v[2], q = v[1] - v[2], r = v[3] + v[4], s = v[3] - v[4];
-    x[0] = ALL * v[0];
-    x[1] = ALL * v[5] - A * BB * q - AA * B * s;
-    x[2] = -SUM * v[0] - BB * p - AA * r;
-    x[3] = A * q + B * s - SUM * v[5];
-    x[4] = v[0] + p + r;
-    x[5] = v[5];
-}
-
 static inline void of_kernel_gradient(const Lanes *u, Lanes *g) {
     Lanes p = AT_A * (u[1] + u[2]), q = AT_A * (u[1] - u[2]), r = AT_B * (u[3] + u[4]), s = AT_B * (u[3] - u[4]);
     g[0] = AT_0 * u[0] + p + r;
@@ -111,107 +116,226 @@ static inline void both(Lanes (&tile)[FROM][FROM], Lanes (&out)[TO][TO], F line)
     }
 }
 
-// `each(sample, y, x, tile, channel)` for every tile and group of channels; samples go to the threads.
-template <class F>
-static void tiles(const Map &map, int threads, F each) {
-    const int64_t down = map.height / 4, across = map.width / 4;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < map.samples; b++)
-        for (int64_t i = 0; i < down; i++)
-            for (int64_t j = 0; j < across; j++)
-                for (int64_t c = 0; c < map.channels; c += LANES)
-                    each(b, 4 * i, 4 * j, (b * down + i) * across + j, c);
-}
+// The corner (sample, y, x) of a tile, and the 6x6 numbers around its 4x4 in `C` channels from `c` on.
+struct Tile {
+    int64_t b, y, x;
 
-// Kernels [out 3 3 in] to 36 planes of [out in], `plane` numbers apart.
-extern "C" void winograd_kernel(int64_t out, int64_t within, int64_t plane, const float *kernel, float *planes,
-                                int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t o = 0; o < out; o++)
-        for (int64_t c = 0; c < within; c += LANES) {
-            Lanes in[3][3], made[6][6];
-            for (int k = 0; k < 9; k++) in[k / 3][k % 3] = load(kernel + (9 * o + k) * within + c);
-            both<3, 6>(in, made, of_kernel);
-            float *to = planes + o * within + c;
-            for (int k = 0; k < 36; k++) store(to + k * plane, made[k / 6][k % 6]);
+    Tile(const Convolution &shape, int64_t tile) {
+        const int64_t down = shape.height / 4, across = shape.width / 4;
+        b = tile / (down * across), y = 4 * (tile / across % down), x = 4 * (tile % across);
+    }
+};
+
+static inline void read_around(const Convolution &shape, Tile tile, const float *x, int64_t C, int64_t c, Lanes (&in)[6][6]) {
+    const int64_t H = shape.height, W = shape.width;
+    for (int64_t i = 0; i < 6; i++)
+        for (int64_t j = 0; j < 6; j++) {
+            const int64_t y = tile.y + i - 1, z = tile.x + j - 1;
+            const bool inside = y >= 0 && y < H && z >= 0 && z < W;
+            in[i][j] = inside ? load(x + ((tile.b * H + y) * W + z) * C + c) : Lanes{};
         }
 }
 
-// Gradients of those planes to gradients of kernels.
-extern "C" void winograd_kernel_gradient(int64_t out, int64_t within, int64_t plane, const float *of_planes,
-                                         float *of_kernels, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t o = 0; o < out; o++)
-        for (int64_t c = 0; c < within; c += LANES) {
-            Lanes in[6][6], made[3][3];
-            const float *from = of_planes + o * within + c;
-            for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(from + k * plane);
-            both<6, 3>(in, made, of_kernel_gradient);
-            for (int k = 0; k < 9; k++) store(of_kernels + (9 * o + k) * within + c, made[k / 3][k % 3]);
-        }
+static inline float *place(const Convolution &shape, Tile tile, float *y, int64_t C, int64_t i, int64_t j) {
+    return y + ((tile.b * shape.height + tile.y + i) * shape.width + tile.x + j) * C;
 }
 
-// Inputs to factors: one more position around each tile.
-extern "C" void winograd_input(const Map *map, const float *x, float *factors, int threads) {
-    const int64_t H = map->height, W = map->width, C = map->channels, plane = map->plane;
-    tiles(*map, threads, [=](int64_t b, int64_t y0, int64_t x0, int64_t tile, int64_t c) {
-        Lanes in[6][6], out[6][6];
-        for (int64_t i = 0; i < 6; i++)
-            for (int64_t j = 0; j < 6; j++) {
-                const int64_t y = y0 + i - 1, z = x0 + j - 1;
-                const bool inside = y >= 0 && y < H && z >= 0 && z < W;
-                in[i][j] = inside ? load(x + ((b * H + y) * W + z) * C + c) : Lanes{};
-            }
-        both<6, 6>(in, out, of_input);
-        float *to = factors + tile * C + c;
-        for (int k = 0; k < 36; k++) store(to + k * plane, out[k / 6][k % 6]);
-    });
+// Factors of tile `row` of some: one more position around each tile.
+static void factors_of(const Convolution &shape, Tile tile, const float *x, int64_t C, float *factors, int64_t row,
+                       int64_t plane) {
+    for (int64_t c = 0; c < C; c += LANES) {
+        Lanes in[6][6], made[6][6];
+        read_around(shape, tile, x, C, c, in);
+        both<6, 6>(in, made, of_input);
+        for (int k = 0; k < 36; k++) store(factors + k * plane + row * C + c, made[k / 6][k % 6]);
+    }
 }
 
-// Products to outputs, plus the bias of each channel.
-extern "C" void winograd_output(const Map *map, const float *products, const float *bias, float *y, int threads) {
-    const int64_t H = map->height, W = map->width, C = map->channels, plane = map->plane;
-    tiles(*map, threads, [=](int64_t b, int64_t y0, int64_t x0, int64_t tile, int64_t c) {
-        Lanes in[6][6], out[4][4];
-        const float *from = products + tile * C + c;
-        for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(from + k * plane);
-        both<6, 4>(in, out, of_product);
+// Outputs of a tile from its products, plus the bias of each channel.
+static void outputs_of(const Convolution &shape, Tile tile, const float *products, int64_t row, int64_t plane,
+                       const float *bias, int64_t C, float *y) {
+    for (int64_t c = 0; c < C; c += LANES) {
+        Lanes in[6][6], made[4][4];
+        for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(products + k * plane + row * C + c);
+        both<6, 4>(in, made, of_product);
         const Lanes add = bias ? load(bias + c) : Lanes{};
         for (int64_t i = 0; i < 4; i++)
-            for (int64_t j = 0; j < 4; j++)
-                store(y + ((b * H + y0 + i) * W + x0 + j) * C + c, out[i][j] + add);
-    });
+            for (int64_t j = 0; j < 4; j++) store(place(shape, tile, y, C, i, j) + c, made[i][j] + add);
+    }
 }
 
-// Gradients of outputs to gradients of products.
-extern "C" void winograd_output_gradient(const Map *map, const float *of_y, float *of_products, int threads) {
-    const int64_t H = map->height, W = map->width, C = map->channels, plane = map->plane;
-    tiles(*map, threads, [=](int64_t b, int64_t y0, int64_t x0, int64_t tile, int64_t c) {
-        Lanes in[4][4], out[6][6];
+// Gradients of a tile's products from those of its outputs.
+static void of_products_of(const Convolution &shape, Tile tile, const float *of_y, int64_t C, float *of_products, int64_t row,
+                           int64_t plane) {
+    for (int64_t c = 0; c < C; c += LANES) {
+        Lanes in[4][4], made[6][6];
         for (int64_t i = 0; i < 4; i++)
-            for (int64_t j = 0; j < 4; j++) in[i][j] = load(of_y + ((b * H + y0 + i) * W + x0 + j) * C + c);
-        both<4, 6>(in, out, of_output_gradient);
-        float *to = of_products + tile * C + c;
-        for (int k = 0; k < 36; k++) store(to + k * plane, out[k / 6][k % 6]);
-    });
+            for (int64_t j = 0; j < 4; j++)
+                in[i][j] = load(place(shape, tile, const_cast<float *>(of_y), C, i, j) + c);
+        both<4, 6>(in, made, of_output_gradient);
+        for (int k = 0; k < 36; k++) store(of_products + k * plane + row * C + c, made[k / 6][k % 6]);
+    }
 }
 
-// Gradients of factors, added to gradients of inputs, which are zeros at first: tiles overlap.
-extern "C" void winograd_input_gradient(const Map *map, const float *of_factors, float *of_x, int threads) {
-    const int64_t H = map->height, W = map->width, C = map->channels, plane = map->plane;
-    tiles(*map, threads, [=](int64_t b, int64_t y0, int64_t x0, int64_t tile, int64_t c) {
-        Lanes in[6][6], out[6][6];
-        const float *from = of_factors + tile * C + c;
-        for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(from + k * plane);
-        both<6, 6>(in, out, of_factor_gradient);
-        for (int64_t i = 0; i < 6; i++)
-            for (int64_t j = 0; j < 6; j++) {
-                const int64_t y = y0 + i - 1, z = x0 + j - 1;
-                if (y < 0 || y >= H || z < 0 || z >= W) continue;
-                float *to = of_x + ((b * H + y) * W + z) * C + c;
-                store(to, load(to) + out[i][j]);
+// R rows of W * LANES sums each over `depth` products: a[r * a_row + d * a_step] times b[d * b_row ...].
+template <int R, int W>
+static inline void block(int64_t depth, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row,
+                         float *c, int64_t c_row, bool add) {
+    Lanes sum[R][W] = {};
+    for (int64_t d = 0; d < depth; d++) {
+        Lanes factor[W];
+        for (int w = 0; w < W; w++) factor[w] = load(b + d * b_row + w * LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) sum[r][w] += a[r * a_row + d * a_step] * factor[w];
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) {
+            float *to = c + r * c_row + w * LANES;
+            store(to, add ? load(to) + sum[r][w] : sum[r][w]);
+        }
+}
+
+// The last rows, of which there are fewer than R + 1.
+template <int R, int W, class... Given>
+static inline void last(int64_t rows, Given... given) {
+    if constexpr (R > 0) {
+        if (rows == R) block<R, W>(given...);
+        else last<R - 1, W>(rows, given...);
+    }
+}
+
+// `columns` sums, PANEL or LANES of them, in each of `rows` rows.
+static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
+                    const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
+    for (; rows > 0; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) {
+        if (columns == LANES) last<ROWS, 1>(std::min<int64_t>(rows, ROWS), depth, a, a_row, a_step, b, b_row, c, c_row, add);
+        else last<ROWS, 2>(std::min<int64_t>(rows, ROWS), depth, a, a_row, a_step, b, b_row, c, c_row, add);
+    }
+}
+
+static inline void transpose(Lanes (&square)[LANES]) {
+    float from[LANES][LANES], to[LANES][LANES];
+    std::memcpy(from, square, sizeof(from));
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
+    std::memcpy(square, to, sizeof(to));
+}
+
+// Kernels [out 3 3 within] to factors [36 out/PANEL within PANEL] of products with maps of `within` channels, for LANES
+// outputs from `o` on.
+static void panels(const Convolution &shape, const float *kernel, int64_t o, float *factors) {
+    const int64_t C = shape.within, wide = std::min(PANEL, shape.out - o / PANEL * PANEL);
+    float *to = factors + o / PANEL * PANEL * C + o % PANEL;
+    for (int64_t c = 0; c < C; c += LANES) {
+        Lanes taps[9][LANES];
+        for (int k = 0; k < 9; k++) {
+            for (int64_t r = 0; r < LANES; r++) taps[k][r] = load(kernel + (9 * (o + r) + k) * C + c);
+            transpose(taps[k]);
+        }
+        for (int64_t r = 0; r < LANES; r++) {
+            Lanes in[3][3], made[6][6];
+            for (int k = 0; k < 9; k++) in[k / 3][k % 3] = taps[k][r];
+            both<3, 6>(in, made, of_kernel);
+            for (int k = 0; k < 36; k++) store(to + k * shape.kernel_plane() + (c + r) * wide, made[k / 6][k % 6]);
+        }
+    }
+}
+
+// The same for the convolution that takes gradients of outputs to those of inputs: kernels [within 3 3 out], turned.
+static void turned_panels(const Convolution &shape, const float *kernel, int64_t o, float *factors) {
+    const int64_t wide = std::min(PANEL, shape.out - o / PANEL * PANEL);
+    float *to = factors + o / PANEL * PANEL * shape.within + o % PANEL;
+    for (int64_t c = 0; c < shape.within; c++) {
+        Lanes in[3][3], made[6][6];
+        for (int k = 0; k < 9; k++) in[k / 3][k % 3] = load(kernel + (9 * c + 8 - k) * shape.out + o);
+        both<3, 6>(in, made, of_kernel);
+        for (int k = 0; k < 36; k++) store(to + k * shape.kernel_plane() + c * wide, made[k / 6][k % 6]);
+    }
+}
+
+// Tiles that a thread takes at a time; no output depends on how many.
+static int64_t tiles_at_once(const Convolution &shape, int threads) {
+    const int64_t most = std::max<int64_t>(NEAR / (36 * (shape.within + shape.out)) / ROWS, 2) * ROWS;
+    return std::min(most, (shape.tiles() + threads - 1) / threads);
+}
+
+// Tiles whose gradients are added to that of the kernel at a time.
+static int64_t tiles_together(const Convolution &shape) {
+    return std::min(shape.tiles(), std::max<int64_t>(SHARED / (36 * std::max(shape.within, shape.out)), 2 * ROWS));
+}
+
+static int64_t planes(int64_t rows, int64_t columns) { return 36 * (rows * columns + APART); }
+
+// Floats that the functions below want for themselves.
+extern "C" int64_t winograd_room(const Convolution *shape, int threads) {
+    const int64_t tiles = tiles_at_once(*shape, threads);
+    return planes(shape->within, shape->out) + threads * (planes(tiles, shape->within) + planes(tiles, shape->out));
+}
+
+extern "C" int64_t winograd_gradient_room(const Convolution *shape) {
+    const int64_t tiles = tiles_together(*shape);
+    return planes(shape->within, shape->out) + planes(tiles, shape->within) + planes(tiles, shape->out);
+}
+
+// The convolution of `x` with kernels [out 3 3 within], or `turned` ones [within 3 3 out], plus a bias or none.
+extern "C" void winograd_convolve(const Convolution *of, const float *x, const float *kernel, const float *bias, float *y,
+                                  float *room, int turned, int threads) {
+    const Convolution shape = *of;
+    const int64_t C = shape.within, N = shape.out, at_once = tiles_at_once(shape, threads), all = shape.tiles();
+    const int64_t plane_in = at_once * C + APART, plane_out = at_once * N + APART;
+    float *rest = room + 36 * shape.kernel_plane();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *factors = rest + omp_get_thread_num() * 36 * (plane_in + plane_out), *products = factors + 36 * plane_in;
+#pragma omp for
+        for (int64_t o = 0; o < N; o += LANES) turned ? turned_panels(shape, kernel, o, room) : panels(shape, kernel, o, room);
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < all; first += at_once) {
+            const int64_t count = std::min(at_once, all - first);
+            for (int64_t t = 0; t < count; t++) factors_of(shape, Tile(shape, first + t), x, C, factors, t, plane_in);
+            for (int k = 0; k < 36; k++)
+                for (int64_t o = 0; o < N; o += PANEL) {
+                    const int64_t wide = std::min(PANEL, N - o);
+                    product(count, wide, C, factors + k * plane_in, C, 1, room + k * shape.kernel_plane() + o * C, wide,
+                            products + k * plane_out + o, N, false);
+                }
+            for (int64_t t = 0; t < count; t++)
+                outputs_of(shape, Tile(shape, first + t), products, t, plane_out, bias, N, y);
+        }
+    }
+}
+
+// The gradient of kernels [out 3 3 within] from inputs and gradients of outputs.
+extern "C" void winograd_kernel_gradient(const Convolution *of, const float *x, const float *of_y, float *of_kernel,
+                                         float *room, int threads) {
+    const Convolution shape = *of;
+    const int64_t C = shape.within, N = shape.out, together = tiles_together(shape), all = shape.tiles();
+    const int64_t plane_in = together * C + APART, plane_out = together * N + APART;
+    float *factors = room + 36 * shape.kernel_plane(), *of_products = factors + 36 * plane_in;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        for (int64_t first = 0; first < all; first += together) {
+            const int64_t count = std::min(together, all - first);
+#pragma omp for
+            for (int64_t t = 0; t < count; t++) {
+                const Tile tile(shape, first + t);
+                factors_of(shape, tile, x, C, factors, t, plane_in);
+                of_products_of(shape, tile, of_y, N, of_products, t, plane_out);
             }
-    });
+#pragma omp for collapse(2)
+            for (int k = 0; k < 36; k++)
+                for (int64_t c = 0; c < C; c += PANEL)
+                    product(N, std::min(PANEL, C - c), count, of_products + k * plane_out, 1, N,
+                            factors + k * plane_in + c, C, room + k * shape.kernel_plane() + c, C, first > 0);
+        }
+#pragma omp for
+        for (int64_t o = 0; o < N; o++)
+            for (int64_t c = 0; c < C; c += LANES) {
+                Lanes in[6][6], made[3][3];
+                for (int k = 0; k < 36; k++) in[k / 6][k % 6] = load(room + k * shape.kernel_plane() + o * C + c);
+                both<6, 3>(in, made, of_kernel_gradient);
+                for (int k = 0; k < 9; k++) store(of_kernel + (9 * o + k) * C + c, made[k / 3][k % 3]);
+            }
+    }
 }
-
-extern "C" int winograd_lanes() { return LANES; }

@@ -1,43 +1,39 @@
 """3x3 convolutions in a quarter of the multiplications, where a CPU trains in float32.
 
 A tile of 4x4 outputs is 36 products of transformed inputs and transformed kernels, where the sum over the
-window takes 144 (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308, F(4x4, 3x3)). Forward pass, gradient
-of the input and gradient of the kernel are each two transforms (`winograd.cpp`) around 36 matrix products.
-Errors are 2e-6 of the largest result, several times those of the sum. Used by the blocks, switched on by
+window takes 144 (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308, F(4x4, 3x3)). `winograd.cpp` takes a
+few tiles at a time through both transforms and the products between them. The gradient of the input is again
+such a convolution, with the kernel turned; that of the kernel is 36 products over all tiles. Errors are 2e-6
+of the largest result, several times those of the sum. Used by the blocks, switched on by
 `models.stages.compute`; in bfloat16 the processor's own units are faster, and such errors would be large.
 """
 
 import ctypes
+import math
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.fused import first_order, serves
-from models.kernels import kernels
+from models.kernels import kernels, operation
 
 TILE = 4
-#: Numbers of a transformed map at once: what the cache next to a core or two holds.
-CHUNK = 1024 * 1024
 #: Channels below which the transforms cost more than they save.
 LEAST = 64
 #: Tiles of a batch below which transforming the kernels costs more than it saves.
 LEAST_TILES = 16
-#: Floats between planes: at powers of two apart they would fall on the same lines of a cache.
-_APART = 48
-_SPACE = CHUNK + 36 * _APART
-#: Floats kept for the transform of a kernel, and as many for its gradient: those of 256 channels to 256.
-_KERNEL_SPACE = 36 * (256 * 256 + _APART)
+#: Floats of working memory that a thread keeps at most; what takes more gets memory of its own.
+KEPT = 8 * 1024 * 1024
 #: Of each thread, kept: memory that no cache holds any more costs more than a transform.
 _rooms = threading.local()
 
 
-class Map(ctypes.Structure):
-    """Of a feature map: samples, height, width, channels; floats from one plane to the next."""
+class Convolution(ctypes.Structure):
+    """Samples, height and width of both maps; channels of the one that is read, and of the one made."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("samples", "height", "width", "channels", "plane"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("samples", "height", "width", "within", "out"))
 
 
 class Conv2d(nn.Conv2d):
@@ -72,17 +68,9 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The feature map [B out h w], channels-last."""
-        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        kernel = transform(weight)
-        for part in chunks(x, max(weight.shape[:2])):
-            factors, products = planes(0, x[part]), planes(1, y[part])
-            _call("winograd_input", x[part], factors)
-            torch.bmm(factors, kernel.transpose(1, 2), out=products)
-            _call("winograd_output", y[part], products, None if bias is None else bias.contiguous())
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        return y
+        return torch.ops.firstlight.winograd_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -90,90 +78,102 @@ class Winograd(torch.autograd.Function):
         first_order()
         x, weight = ctx.saved_tensors
         up = gradients[0].contiguous(memory_format=torch.channels_last)
-        of_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        kernel = transform(weight)
-        of_kernel = kernel_planes(1, weight, 0)  # products are written at once only to planes without gaps
-        for part in chunks(x, max(weight.shape[:2])):
-            factors, products = planes(0, x[part]), planes(1, up[part])
-            _call("winograd_input", x[part], factors)
-            _call("winograd_output_gradient", up[part], products)
-            if part.start == 0:
-                torch.bmm(products.transpose(1, 2), factors, out=of_kernel)
-            else:
-                of_kernel.baddbmm_(products.transpose(1, 2), factors)
-            if of_x is not None:
-                torch.bmm(products, kernel, out=factors)  # the factors have served, and lend their place
-                _call("winograd_input_gradient", of_x[part], factors)
-        of_bias = up.sum((0, 2, 3)) if ctx.biased else None
-        return of_x, inverse(of_kernel), of_bias
+        of_x = torch.ops.firstlight.winograd_input_gradient(up, weight) if ctx.needs_input_grad[0] else None
+        of_weight = torch.ops.firstlight.winograd_kernel_gradient(x, up)
+        return of_x, of_weight, up.sum((0, 2, 3)) if ctx.biased else None
 
 
-def transform(weight: Tensor) -> Tensor:
-    """The transformed kernels [36 out in] of `weight` [out in 3 3], until the next are made."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    kernel = kernel_planes(0, weight, _APART)
-    _call_kernel("winograd_kernel", kernel, weight, kernel)
-    return kernel
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _map(x, len(weight))
+    _convolve(x, weight, None if bias is None else bias.contiguous(), y, turned=False)
+    return y
 
 
-def inverse(of_kernel: Tensor) -> Tensor:
-    """The gradient of a weight [out in 3 3] from that of its transform [36 out in], channels-last."""
-    shape = (*of_kernel.shape[1:], 3, 3)
-    of_weight = torch.empty(shape, dtype=of_kernel.dtype, memory_format=torch.channels_last)
-    _call_kernel("winograd_kernel_gradient", of_kernel, of_kernel, of_weight)
+def _input_gradient(up: Tensor, weight: Tensor) -> Tensor:
+    of_x = _map(up, weight.shape[1])
+    _convolve(up, weight, None, of_x, turned=True)
+    return of_x
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, turned: bool) -> None:
+    """Fills `y` [B out h w] from `x` [B in h w] and `weight` [out in 3 3], or [in out 3 3] if `turned`."""
+    shape, threads = _shape(x, y), ctypes.c_int(torch.get_num_threads())
+    room = _room(_library().winograd_room(ctypes.byref(shape), threads))
+    given = [
+        None if each is None else ctypes.c_void_p(each.data_ptr())
+        for each in (x, _last(weight), bias, y, room)
+    ]
+    _library().winograd_convolve(ctypes.byref(shape), *given, ctypes.c_int(turned), threads)
+
+
+def _kernel_gradient(x: Tensor, up: Tensor) -> Tensor:
+    of_weight, shape = _kernel(x, up), _shape(x, up)
+    room = _room(_library().winograd_gradient_room(ctypes.byref(shape)))
+    given = [ctypes.c_void_p(each.data_ptr()) for each in (x, up, of_weight, room)]
+    threads = ctypes.c_int(torch.get_num_threads())
+    _library().winograd_kernel_gradient(ctypes.byref(shape), *given, threads)
     return of_weight
 
 
-def kernel_planes(number: int, weight: Tensor, apart: int) -> Tensor:
-    """Room 0 or 1 for the transform of `weight` [out in 3 3]: [36 out in], `apart` floats between planes."""
-    return _room("kernels", _KERNEL_SPACE, number, weight, weight.shape[:2], apart)
-
-
-def chunks(x: Tensor, channels: int) -> list[slice]:
-    """The samples of `x` [B C h w] in portions whose transforms, of `channels`, stay in a cache."""
-    each = 36 * channels * (x.shape[2] // TILE) * (x.shape[3] // TILE)
-    size = max(1, CHUNK // each)
-    return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
-
-
-def planes(number: int, x: Tensor) -> Tensor:
-    """Room 0 or 1 for the transform of `x` [B C h w]: [36 tiles C], whatever was there before."""
-    tiles = x.shape[0] * (x.shape[2] // TILE) * (x.shape[3] // TILE)
-    return _room("maps", _SPACE, number, x, (tiles, x.shape[1]), _APART)
-
-
-def _room(kept: str, space: int, number: int, like: Tensor, shape: Sequence[int], apart: int) -> Tensor:
-    """36 planes of `shape`, `apart` floats between them, in room 0 or 1 of `space` floats that are `kept`.
-
-    What takes more than a room, as one sample alone may, gets memory of its own.
-    """
-    rows, columns = shape
-    plane = rows * columns + apart
-    strided = (36, rows, columns), (plane, columns, 1)
-    if 36 * plane > space:
-        return like.new_empty(36 * plane).as_strided(*strided)
-    if not hasattr(_rooms, kept):
-        setattr(_rooms, kept, torch.empty(2 * space))
-    room: Tensor = getattr(_rooms, kept)
-    return room.as_strided(*strided, number * space)
-
-
-def _call(name: str, x: Tensor, transformed: Tensor, *more: Tensor | None) -> None:
-    """Calls a transform between `x` [B C h w] and its planes; what is read goes before what is written."""
+def _library() -> ctypes.CDLL:
     library = kernels()
     assert library is not None
-    shape = Map(x.shape[0], x.shape[2], x.shape[3], x.shape[1], transformed.stride(0))
-    begins = name in ("winograd_input", "winograd_output_gradient")
-    tensors = [x, transformed] if begins else [transformed, *more, x]
-    addresses = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in tensors]
-    getattr(library, name)(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
+    for name in ("winograd_room", "winograd_gradient_room"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
 
 
-def _call_kernel(name: str, transformed: Tensor, read: Tensor, written: Tensor) -> None:
-    """Calls a transform between kernels and their planes, `transformed` [36 out in]."""
-    library = kernels()
-    assert library is not None
-    _, out, within = transformed.shape
-    sizes = [ctypes.c_int64(each) for each in (out, within, transformed.stride(0))]
-    addresses = [ctypes.c_void_p(each.data_ptr()) for each in (read, written)]
-    getattr(library, name)(*sizes, *addresses, ctypes.c_int(torch.get_num_threads()))
+def _shape(x: Tensor, y: Tensor) -> Convolution:
+    """Of a convolution that makes `y` [B out h w] of `x` [B in h w]."""
+    return Convolution(x.shape[0], x.shape[2], x.shape[3], x.shape[1], y.shape[1])
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _map(x: Tensor, channels: int) -> Tensor:
+    """Room for a map of as many positions as `x` [B C h w]."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _kernel(x: Tensor, up: Tensor) -> Tensor:
+    """Room for the gradient of the kernel that makes a map like `up` of `x`."""
+    shape = (up.shape[1], x.shape[1], 3, 3)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _room(floats: int) -> Tensor:
+    """Memory for the kernels' own use, whatever was there before."""
+    room: Tensor | None = getattr(_rooms, "room", None)
+    if room is None or len(room) < floats:
+        room = torch.empty(floats)
+        if floats <= KEPT:
+            _rooms.room = room
+    return room
+
+
+def _flops(x: torch.Size, channels: int) -> int:
+    """Of the 36 products over the tiles of a map [B C h w], to or from `channels`."""
+    return 2 * 36 * math.prod(x) // TILE**2 * channels
+
+
+operation(
+    "winograd_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _forward,
+    lambda x, weight, bias: _map(x, len(weight)),
+)
+operation(
+    "winograd_input_gradient(Tensor up, Tensor weight) -> Tensor",
+    _input_gradient,
+    lambda up, weight: _map(up, weight.shape[1]),
+)
+operation("winograd_kernel_gradient(Tensor x, Tensor up) -> Tensor", _kernel_gradient, _kernel)
+
+#: What counts FLOPs is told these: of what is multiplied, which is a quarter of a convolution's.
+FLOPS = {
+    torch.ops.firstlight.winograd_forward: lambda x, weight, *_, **__: _flops(x, weight[0]),
+    torch.ops.firstlight.winograd_input_gradient: lambda up, weight, **__: _flops(up, weight[1]),
+    torch.ops.firstlight.winograd_kernel_gradient: lambda x, up, **__: _flops(x, up[1]),
+}

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.progress import duration
-from models.attention import FLOPS
+from models import attention, winograd
 from models.portions import on_threads
 from models.stages.compute import Compute, Reduce, choose, decide, seconds_a_call, threads_for
 from models.stages.division import Division, divide
@@ -173,7 +173,7 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
             kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=attention.FLOPS | winograd.FLOPS)
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _step(stage, one)
     activations = sum(kept.values())

@@ -1,12 +1,16 @@
 """Convolutions by tiles against the sum over the window: values, gradients, and where they are not used."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import kernels, winograd
-from models.winograd import Conv2d, Winograd
+from models.portions import on_threads
+from models.winograd import FLOPS, Conv2d, Winograd
 
 pytestmark = pytest.mark.skipif(kernels.kernels() is None, reason="no C++ compiler made the kernels here")
 
@@ -50,17 +54,54 @@ def test_it_is_the_convolution(samples: int, height: int, width: int, bias: bool
     assert own[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_portions_of_the_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv, x, up = layer(), made(5, 64, 8, 8), made(5, 80, 8, 8, number=1)
+@pytest.mark.parametrize(("within", "out"), [(64, 80), (80, 64), (96, 256), (256, 64)])
+def test_channels_in_panels_and_remainders(within: int, out: int) -> None:
+    """Tiles beyond what a thread takes at a time, and rows and columns that fill no register."""
+    x, up = made(7, within, 12, 12), made(7, out, 12, 12, number=1)
+    conv = layer(within, out)
+    exact = outcome(conv.double(), x.double(), up.double())
+    conv.float().native = True
+    own = outcome(conv, x, up)
+    assert all(error(mine.double(), true) < 5e-6 for mine, true in zip(own, exact, strict=True))
+
+
+def test_many_tiles_add_up_to_the_gradient_of_the_kernel() -> None:
+    """More of them than are transformed together."""
+    conv, x, up = layer(128, 256), made(10, 128, 16, 16), made(10, 256, 16, 16, number=1)
+    exact = outcome(conv.double(), x.double(), up.double())
+    conv.float().native = True
+    own = outcome(conv, x, up)
+    assert all(error(mine.double(), true) < 5e-6 for mine, true in zip(own, exact, strict=True))
+
+
+def test_no_bit_depends_on_the_threads() -> None:
+    conv, x, up = layer(), made(5, 64, 12, 12), made(5, 80, 12, 12, number=1)
     conv.native = True
-    whole = outcome(conv, x, up)
-    assert winograd.chunks(x, 80) == [slice(0, 5)]
-    monkeypatch.setattr(winograd, "CHUNK", 36 * 80 * 4 * 2)
-    assert winograd.chunks(x, 80) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert all(error(*pair) < 5e-6 for pair in zip(outcome(conv, x, up), whole, strict=True))
-    monkeypatch.setattr(winograd, "_SPACE", 0)  # as where one sample, or one kernel, fills more than is kept
-    monkeypatch.setattr(winograd, "_KERNEL_SPACE", 0)
-    assert all(error(*pair) < 5e-6 for pair in zip(outcome(conv, x, up), whole, strict=True))
+    found = []
+    for count in (1, 2, 3):
+        with on_threads(count):
+            found.append(outcome(conv, x, up))
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_room_is_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_rooms", threading.local())
+    small = winograd._room(100)
+    assert winograd._room(50).data_ptr() == small.data_ptr()
+    assert len(winograd._room(200)) == 200
+    assert len(winograd._room(100)) == 200
+    monkeypatch.setattr(winograd, "KEPT", 1000)
+    assert len(winograd._room(1001)) == 1001
+    assert len(winograd._room(100)) == 200
+
+
+def test_its_work_is_counted() -> None:
+    conv, x = layer(64, 80, bias=False), made(4, 64, 8, 8).requires_grad_()
+    conv.native = True
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        conv(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 36 * (4 * 4) * 64 * 80
 
 
 def test_an_input_without_gradient_gets_none() -> None:
