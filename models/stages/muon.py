@@ -118,45 +118,67 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
-        parameters = [p for p in group["params"] if p.grad is not None]
         # A refused step takes nothing off and adds nothing, which changes no number. A tensor in either case,
         # as a number would be rounded otherwise; one of the CPU without dimensions goes with any device.
         share = torch.ones(()) if refused is None else 1 - refused
         left = 1 - group["lr"] * group["weight_decay"] * share
-        for alike in _of_one_shape(zip(parameters, self._directions(parameters, refused), strict=True)):
-            directions = orthogonalised(torch.stack([direction for _, direction in alike]))
-            directions *= group["lr"] * self.update_rms * math.sqrt(max(directions.shape[1:])) * share
-            for (parameter, _), direction in zip(alike, directions, strict=True):
-                parameter.mul_(left).sub_(direction.view(parameter.shape))
+        by = group["lr"] * self.update_rms * share
+        for alike in _of_one_shape([p for p in group["params"] if p.grad is not None]):
+            directions = self._directions(alike, refused)
+            updates = orthogonalised(directions, by * math.sqrt(max(directions.shape[1:])))
+            for parameter, update in zip(alike, updates, strict=True):
+                parameter.mul_(left).sub_(_as_weight(update, parameter))
         self.others.found_inf = refused  # type: ignore[attr-defined]
         self.others.step()
         return loss
 
-    def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> list[Tensor]:
-        """The gradients with Nesterov's momentum, as matrices `[outputs, the rest]`; finite where refused."""
-        for parameter in parameters:
+    def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> Tensor:
+        """The gradients with Nesterov's momentum `[B outputs the rest]`, of one shape; finite if refused."""
+        first = parameters[0]
+        made = first.new_empty(len(parameters), len(first), first[0].numel())
+        for parameter, direction in zip(parameters, made, strict=True):
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        means = [self.state[p]["momentum"] for p in parameters]
-        if refused is not None:
-            is_refused = refused > 0
-            pairs = zip(means, gradients, strict=True)
-            gradients = [torch.where(is_refused, mean, gradient) for mean, gradient in pairs]
-        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        return [each.flatten(1) for each in torch._foreach_lerp(gradients, means, self.momentum)]
+            assert parameter.grad is not None
+            mean, gradient = self.state[parameter]["momentum"], parameter.grad
+            if refused is not None:
+                gradient = torch.where(refused > 0, mean, gradient)
+            mean.lerp_(gradient, 1 - self.momentum)
+            start, end = _as_matrix(gradient, parameter), _as_matrix(mean, parameter)
+            torch.lerp(start, end, self.momentum, out=direction)
+        return made
 
 
-def _of_one_shape(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Parameters and their directions in lists of equal shape, which one product of matrices serves."""
-    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-    for parameter, direction in pairs:
-        by_shape.setdefault(parameter.shape, []).append((parameter, direction))
+def _as_matrix(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, of the shape of the weight `like`, as `[outputs, the rest]`, the rest as that lies in memory.
+
+    So it is mostly a view. The columns' order is no matter: a matrix is made orthogonal alike in any.
+    """
+    return (x.permute(0, 2, 3, 1) if _is_channels_last(like) else x).flatten(1)
+
+
+def _as_weight(matrix: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_as_matrix`."""
+    if not _is_channels_last(like):
+        return matrix.view(like.shape)
+    return matrix.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _of_one_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters in lists of equal shape, which one product of matrices serves."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
     return list(by_shape.values())
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """`matrices` float32 `[B m n]` with singular values brought near 1 (0.73 to 1.27), singular vectors kept.
+def orthogonalised(matrices: Tensor, by: Tensor | float = 1.0) -> Tensor:
+    """`matrices` float32 `[B m n]` with singular values brought near 1 (0.73 to 1.27), singular vectors kept;
+    times `by` [].
 
     Polynomials are applied to the singular values, which are first made 1 at most by the matrix's norm. All
     powers of a matrix X are taken of `X X^T`, which is m x m for m <= n: `p(X) = (a + b X X^T + c (X X^T)^2)
@@ -165,7 +187,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     of the norm stay below 0.73; of a matrix of zeros zeros remain.
     """
     if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalised(matrices.mT).mT
+        return orthogonalised(matrices.mT, by).mT
     gram = matrices @ matrices.mT
     # The trace is the sum of the squared singular values, so none is above 1 then.
     scale = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(torch.finfo(torch.float32).tiny)
@@ -175,10 +197,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         gram = factor @ gram @ factor
         factor = _factor(gram, *coefficients)
         product = factor @ product
-    return product @ (matrices * scale.rsqrt())
+    return (product * (scale.rsqrt() * by)) @ matrices
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """`a + b G + c G^2` of `gram` `[B m m]`: what a polynomial multiplies a matrix X of G = X X^T by."""
-    identity = torch.eye(gram.shape[1], device=gram.device)
-    return torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor

@@ -140,6 +140,22 @@ def test_steps_by_hand() -> None:
         assert torch.allclose(network.weight, weight, atol=1e-5)
 
 
+@pytest.mark.parametrize("of_gradient", [torch.contiguous_format, torch.channels_last])
+def test_layouts_are_no_matter(of_gradient: torch.memory_format) -> None:
+    """Of the weight, of its gradient, and of a mean that a checkpoint brought."""
+    network, other = with_gradients(), with_gradients().to(memory_format=torch.channels_last)
+    optimizers = [Muon(lr=0.1).build(network), Muon(lr=0.1).build(other)]
+    for _ in range(3):
+        assert other.conv.weight.grad is not None
+        other.conv.weight.grad = other.conv.weight.grad.contiguous(memory_format=of_gradient)
+        for optimizer in optimizers:
+            optimizer.step()
+        state = optimizers[1].state[other.conv.weight]
+        state["momentum"] = state["momentum"].contiguous()
+    assert torch.allclose(network.conv.weight, other.conv.weight, atol=1e-6)
+    assert other.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_learning_rate_of_every_group_counts() -> None:
     network = with_gradients()
     before = {name: p.clone() for name, p in network.named_parameters()}
