@@ -126,7 +126,8 @@ struct Tile {
     }
 };
 
-static inline void read_around(const Convolution &shape, Tile tile, const float *x, int64_t C, int64_t c, Lanes (&in)[6][6]) {
+static inline void read_around(const Convolution &shape, Tile tile, const float *x, int64_t C, int64_t c,
+                               Lanes (&in)[6][6]) {
     const int64_t H = shape.height, W = shape.width;
     for (int64_t i = 0; i < 6; i++)
         for (int64_t j = 0; j < 6; j++) {
@@ -165,8 +166,8 @@ static void outputs_of(const Convolution &shape, Tile tile, const float *product
 }
 
 // Gradients of a tile's products from those of its outputs.
-static void of_products_of(const Convolution &shape, Tile tile, const float *of_y, int64_t C, float *of_products, int64_t row,
-                           int64_t plane) {
+static void of_products_of(const Convolution &shape, Tile tile, const float *of_y, int64_t C, float *of_products,
+                           int64_t row, int64_t plane) {
     for (int64_t c = 0; c < C; c += LANES) {
         Lanes in[4][4], made[6][6];
         for (int64_t i = 0; i < 4; i++)
@@ -209,8 +210,9 @@ static inline void last(int64_t rows, Given... given) {
 static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
                     const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
     for (; rows > 0; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) {
-        if (columns == LANES) last<ROWS, 1>(std::min<int64_t>(rows, ROWS), depth, a, a_row, a_step, b, b_row, c, c_row, add);
-        else last<ROWS, 2>(std::min<int64_t>(rows, ROWS), depth, a, a_row, a_step, b, b_row, c, c_row, add);
+        const int64_t now = std::min<int64_t>(rows, ROWS);
+        if (columns == LANES) last<ROWS, 1>(now, depth, a, a_row, a_step, b, b_row, c, c_row, add);
+        else last<ROWS, 2>(now, depth, a, a_row, a_step, b, b_row, c, c_row, add);
     }
 }
 
@@ -279,8 +281,8 @@ extern "C" int64_t winograd_gradient_room(const Convolution *shape) {
 }
 
 // The convolution of `x` with kernels [out 3 3 within], or `turned` ones [within 3 3 out], plus a bias or none.
-extern "C" void winograd_convolve(const Convolution *of, const float *x, const float *kernel, const float *bias, float *y,
-                                  float *room, int turned, int threads) {
+extern "C" void winograd_convolve(const Convolution *of, const float *x, const float *kernel, const float *bias,
+                                  float *y, float *room, int turned, int threads) {
     const Convolution shape = *of;
     const int64_t C = shape.within, N = shape.out, at_once = tiles_at_once(shape, threads), all = shape.tiles();
     const int64_t plane_in = at_once * C + APART, plane_out = at_once * N + APART;
@@ -289,7 +291,8 @@ extern "C" void winograd_convolve(const Convolution *of, const float *x, const f
     {
         float *factors = rest + omp_get_thread_num() * 36 * (plane_in + plane_out), *products = factors + 36 * plane_in;
 #pragma omp for
-        for (int64_t o = 0; o < N; o += LANES) turned ? turned_panels(shape, kernel, o, room) : panels(shape, kernel, o, room);
+        for (int64_t o = 0; o < N; o += LANES)
+            turned ? turned_panels(shape, kernel, o, room) : panels(shape, kernel, o, room);
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < all; first += at_once) {
             const int64_t count = std::min(at_once, all - first);

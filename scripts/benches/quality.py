@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
+from data.rendered import RenderedLandscapes
 from data.shard_index import DataError
+from evaluation.adherence import RESOLUTION
 from models.registry import ConfigError
 from scripts.benches.findings import Findings, cell
 from scripts.benches.measuring import Ratio, machine
@@ -61,7 +63,7 @@ def quality(
     threads: int = 1,
     part: Part = Part.all,
     demo: Path = Path("runs/landscapes"),
-    shards: Path = Path("shards/landscapes-64-16384"),
+    shards: Path | None = None,
     folder: Path = Path("runs/bench-quality"),
 ) -> Findings:
     """Returns how much sooner training reaches the quality that diffusers' recipe reaches in its budget.
@@ -75,7 +77,7 @@ def quality(
         threads: of torch.
         part: all, recipe (sweep and target), ours, or extra (also one seed of each with patches exchanged).
         demo: run with the autoencoder that both arms learn on; the judge lies in judge beside it.
-        shards: of landscapes, with pictures and captions.
+        shards: of landscapes, with pictures and captions; without, 16,384 of 64 pixels are rendered first.
         folder: where trainings and scores are kept; the same command goes on there.
     """
     if not minutes > 0 or min(seeds, points, threads) < 1 or pictures < 4:
@@ -83,8 +85,10 @@ def quality(
     if find_spec("diffusers") is None:
         raise ConfigError("diffusers is what ours is compared with; install the extra `dev`")
     finished_autoencoder(demo)  # refused now rather than by a process that trains
+    if shards is None:
+        shards = RenderedLandscapes().write(RESOLUTION, threads)
     if not shards.exists():
-        raise DataError(f"{shards}: there is no such folder of shards; make demo renders it")
+        raise DataError(f"{shards}: there is no such folder of shards; without --shards they are rendered")
     torch.set_num_threads(threads)
     settings = Settings(minutes, points, pictures, steps=10, clock=clock, threads=threads,
                         demo=str(demo), shards=str(shards))  # fmt: skip
