@@ -20,8 +20,6 @@ from models.fused import first_order, serves
 from models.kernels import kernels, operation
 
 TILE = 4
-#: Channels below which the transforms cost more than they save.
-LEAST = 64
 #: Tiles of a batch below which transforming the kernels costs more than it saves.
 LEAST_TILES = 16
 #: Floats of working memory that a thread keeps at most; what takes more gets memory of its own.
@@ -52,7 +50,6 @@ class Conv2d(nn.Conv2d):
         return (
             (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
             and (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros")
-            and min(self.in_channels, self.out_channels) >= LEAST
             and self.in_channels % 16 == self.out_channels % 16 == 0
             and x.shape[2] % TILE == x.shape[3] % TILE == 0
             and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_TILES * TILE**2

@@ -374,7 +374,7 @@ def device_of(options: TrainerOptions) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 4.0) -> float:
+def seconds_a_call(call: Callable[[], object], device: torch.device, budget: float = 2.0) -> float:
     """Median wall seconds of `call` after two warm-up calls, within about `budget` seconds."""
     for _ in range(2):
         call()

@@ -54,7 +54,7 @@ def test_it_is_the_convolution(samples: int, height: int, width: int, bias: bool
     assert own[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("within", "out"), [(64, 80), (80, 64), (96, 256), (256, 64)])
+@pytest.mark.parametrize(("within", "out"), [(64, 80), (80, 64), (96, 256), (256, 64), (16, 96), (48, 16)])
 def test_channels_in_panels_and_remainders(within: int, out: int) -> None:
     """Tiles beyond what a thread takes at a time, and rows and columns that fill no register."""
     x, up = made(7, within, 12, 12), made(7, out, 12, 12, number=1)
