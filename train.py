@@ -242,13 +242,14 @@ class Run:
             raise ConfigError("base is given, but stages leaves nothing to train from it; add diffusion")
         #: Ranks that each model is spread over, and how, once there is one to spread.
         self.shards = shards_of(self.trainer, ranks.size)
-        for name in self.names if self.shards > 1 else ():
-            if not self.optimizers[name].takes_parts:
-                raise ConfigError(
-                    f"optimizer.{name.name} works on whole matrices, and trainer.strategy="
-                    f"{self.trainer.strategy.name} spreads them over the ranks; use trainer.strategy=ddp, or "
-                    f"optimizer/{name.name}=adamw optimizer.{name.name}.lr=1e-3"
-                )
+        whole = [name.name for name in self.names if not self.optimizers[name].takes_parts]
+        if self.shards > 1 and whole:
+            raise ConfigError(
+                f"{', '.join(f'optimizer.{name}' for name in whole)}: works on whole matrices, and "
+                f"trainer.strategy={self.trainer.strategy.name} spreads them over the ranks; use "
+                "trainer.strategy=ddp, or "
+                + " ".join(f"optimizer/{name}=adamw optimizer.{name}.lr=1e-3" for name in whole)
+            )
         self.sharding: Sharding | None = None
         if self.data.workers < 0:
             raise ConfigError(f"data.workers is {self.data.workers}, but must be 0 or more")

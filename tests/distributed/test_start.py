@@ -51,14 +51,13 @@ def test_micro_batches_that_do_not_divide_a_share(attempts: Attempts) -> None:
     )
 
 
-def test_an_optimizer_of_whole_matrices_where_they_are_spread(
-    attempts: Attempts,
-) -> None:
-    words = ("trainer.devices=2", "trainer.strategy=fsdp", "optimizer/autoencoder=muon")
+@pytest.mark.parametrize("stages", [["autoencoder"], ["autoencoder", "diffusion"]])
+def test_optimizers_of_whole_matrices_where_they_are_spread(stages: list[str], attempts: Attempts) -> None:
+    words = ("trainer.devices=2", "trainer.strategy=fsdp", *(f"optimizer/{stage}=muon" for stage in stages))
     assert attempts.refused(2, *words) == (
-        "train.py: optimizer.autoencoder works on whole matrices, and trainer.strategy=fsdp spreads them "
-        "over the ranks; use trainer.strategy=ddp, or optimizer/autoencoder=adamw "
-        "optimizer.autoencoder.lr=1e-3"
+        f"train.py: {', '.join(f'optimizer.{stage}' for stage in stages)}: works on whole matrices, and "
+        "trainer.strategy=fsdp spreads them over the ranks; use trainer.strategy=ddp, or "
+        + " ".join(f"optimizer/{stage}=adamw optimizer.{stage}.lr=1e-3" for stage in stages)
     )
 
 
