@@ -134,8 +134,9 @@ def train(config: DictConfig) -> None:
             stack.enter_context(judge)
         for stage in stages:
             run.fit(stage)
-        if judge is not None:
-            judge.wait()  # it is done long before, but for a training of seconds
+        if judge is not None and judge.code is None:  # mostly it has ended long before
+            run.say("waiting for the judge of landscapes, which takes about a minute")
+            judge.wait()
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()

@@ -95,10 +95,10 @@ def _input_gradient(up: Tensor, weight: Tensor) -> Tensor:
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, turned: bool) -> None:
     """Fills `y` [B out h w] from `x` [B in h w] and `weight` [out in 3 3], or [in out 3 3] if `turned`."""
     shape, threads = _shape(x, y), ctypes.c_int(torch.get_num_threads())
+    weight = _last(weight)  # a copy has to live until the call is over
     room = _room(_library().winograd_room(ctypes.byref(shape), threads))
     given = [
-        None if each is None else ctypes.c_void_p(each.data_ptr())
-        for each in (x, _last(weight), bias, y, room)
+        None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (x, weight, bias, y, room)
     ]
     _library().winograd_convolve(ctypes.byref(shape), *given, ctypes.c_int(turned), threads)
 

@@ -104,6 +104,15 @@ def test_its_work_is_counted() -> None:
     assert counter.get_total_flops() == 3 * 2 * 36 * (4 * 4) * 64 * 80
 
 
+def test_a_kernel_in_another_layout() -> None:
+    conv, x, up = layer(64, 64), made(4, 64, 8, 8), made(4, 64, 8, 8, number=1)
+    conv.native = True
+    last = outcome(conv, x, up)
+    found = outcome(conv.to(memory_format=torch.contiguous_format), x, up)
+    assert conv.weight.is_contiguous()
+    assert all(torch.equal(one, other) for one, other in zip(found, last, strict=True))
+
+
 def test_an_input_without_gradient_gets_none() -> None:
     conv = layer()
     conv.native = True
