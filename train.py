@@ -36,13 +36,14 @@ from data.index import DataError
 from data.moments import MomentsDataset
 from data.progress import Progress
 from data.shards import ShardDataset
-from evaluation.report import contact_sheet, has_judge, judge_folder, make_report
+from evaluation.report import contact_sheet, judge_folder, kept_judge, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.diffusion.distillation import Distillation, Lesson
 from models.loading import (
     MODEL_KEYS,
     PICTURING,
     STUDENT_KEY,
+    THREADS_KEY,
     build_decoder,
     build_networks,
     load_pipeline,
@@ -91,6 +92,8 @@ EVALUATE = Path(__file__).resolve().parent / "scripts" / "evaluate.py"
 PRECOMPUTE = EVALUATE.with_name("precompute.py")
 #: What trains the judge of landscapes, behind all other work; its folder follows.
 JUDGE = (sys.executable, str(EVALUATE.with_name("judge.py")), "--nice=10")
+#: Seconds that a finished training waits for it; training it anew takes about 60.
+JUDGE_PATIENCE = 120.0
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
@@ -134,9 +137,8 @@ def train(config: DictConfig) -> None:
             stack.enter_context(judge)
         for stage in stages:
             run.fit(stage)
-        if judge is not None and judge.code is None:  # mostly it has ended long before
-            run.say("waiting for the judge of landscapes, which takes about a minute")
-            judge.wait()
+        if judge is not None:
+            run.await_judge(judge)
         if ranks.first:
             run.report(bool(stages), began)
         ranks.wait()
@@ -428,7 +430,9 @@ class Run:
             self.spread(stage)
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
+        self.threads = self.kept_threads()
         costs = [self.cost(stage) for stage in stages]
+        self.config[THREADS_KEY] = self.threads | {cost.stage: cost.compute.threads for cost in costs}
         self.efforts = {StageName[cost.stage]: cost.effort for cost in costs}
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
@@ -501,7 +505,7 @@ class Run:
         if self.ranks.first or stage.sharding is not None:
             before = restore_compute(self.checkpoints[StageName[stage.name]])
             data = self.data_for(StageName[stage.name])
-            cost = preflight(stage, data.probe, self.session, before)
+            cost = preflight(stage, data.probe, self.session, before, self.threads.get(stage.name, 0))
             if stage.sharding is None:
                 self.ranks.share([cost.compute.document(), cost.compute.reason])
             return cost
@@ -509,6 +513,14 @@ class Run:
         stage.use(compute)
         division = divide(f"plan.{stage.name}", stage.plan.batch_size, self.ranks.size, self.trainer)
         return Cost(stage.name, 0, 0.0, division, 0, 0, 0.0, 0.0, 0.0, compute)
+
+    def kept_threads(self) -> dict[str, int]:
+        """CPU threads of each stage, by the preflight that began this run; none where it begins now."""
+        begun = (self.newest(name) for name in StageName)
+        mine = [each for each in begun if each is not None and not is_handed_over(each)]
+        return {
+            key: kept for each in mine for key, kept in each.document("config").get(THREADS_KEY, {}).items()
+        }
 
     def check_same(self, name: StageName, checkpoint: Checkpoint) -> None:
         """Refuses to go on from a checkpoint that was made with other settings or other data.
@@ -551,9 +563,24 @@ class Run:
             return None
         compute, folder = stages[0].compute, judge_folder(self.folder)
         busy = (compute.threads or torch.get_num_threads()) if compute.device.type == "cpu" else 1
-        if len(os.sched_getaffinity(0)) <= busy * self.ranks.local_size or has_judge(folder):
+        if len(os.sched_getaffinity(0)) <= busy * self.ranks.local_size or kept_judge(folder) is not None:
             return None
-        return Beside([*JUDGE, str(folder)])
+        try:
+            return Beside([*JUDGE, str(folder)], log=self.folder / "judge.log")
+        except OSError as error:
+            self.say(f"the judge is not trained beside ({error}), but for the report")
+            return None
+
+    def await_judge(self, judge: Beside) -> None:
+        """Waits for the judge, which has mostly ended long before; what has none trains it for the report."""
+        if judge.code is None:
+            self.say("waiting for the judge of landscapes, which takes about a minute")
+            judge.wait(JUDGE_PATIENCE)
+        if judge.code:
+            self.say(
+                f"the judge was not trained beside (exit code {judge.code}, {self.folder / 'judge.log'})"
+            )
+        judge.stop()
 
     def build_stage(self, name: StageName) -> Stage:
         """The stage, with fresh weights."""

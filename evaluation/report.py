@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -204,24 +205,28 @@ def judge_folder(run: Path) -> Path:
     return run.parent / "judge"
 
 
-def has_judge(folder: Path) -> bool:
-    """Whether `folder` has a judge that can be used."""
-    try:
-        load_judge(folder)
-    except JudgeError:
-        return False
-    return True
-
-
-def find_judge(folder: Path) -> AdherenceJudge:
-    """The judge kept in `folder`; trained and put there where there is none that can be used."""
+def kept_judge(folder: Path) -> AdherenceJudge | None:
+    """The judge in `folder`; None where there is none that can be used."""
     try:
         return load_judge(folder)
     except JudgeError:
+        return None
+
+
+def find_judge(folder: Path) -> AdherenceJudge:
+    """The judge kept in `folder`; trained and put there where there is none that can be used.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    judge = kept_judge(folder)
+    if judge is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # refused now rather than after a minute of training
         with Progress("training the judge of landscapes, % done", 100) as progress:
             judge, _ = train_judge(seed=0, progress=lambda share: progress.update(round(100 * share)))
         save_judge(judge, folder)
-        return judge
+    return judge
 
 
 def _edited(samples: Sequence[Sample], made: Tensor) -> Edited:

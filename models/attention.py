@@ -1,8 +1,9 @@
 """Attention, and how a CPU trains it: the scores of a few queries at a time, or of all, made again backwards.
 
-Torch's fused attention is the best there is on a GPU, in float32 and where no gradient is wanted. In 16 bits
-on a CPU its backward pass takes most of a training step; there `attention.cpp` serves where the processor has
-AVX512-BF16, and products of whole matrices elsewhere.
+Torch's fused attention is the best there is on a GPU and where no gradient is wanted. On a CPU that trains in
+float32, `attention_float.cpp` takes two thirds to nine tenths of its time. In 16 bits torch's backward pass
+takes most of a training step; there `attention_bfloat16.cpp` serves where the processor has AVX512-BF16, and
+products of whole matrices elsewhere.
 
 Used by `models.blocks` and `models.text_encoder`.
 """
@@ -19,8 +20,9 @@ from models.fused import first_order, in_training, serves
 from models.kernels import kernels, operation
 
 # Written out, training is 4 to 10 times faster on 64 tokens and 1.4 times on 256, but all Lq x Lk scores are
-# there at once. Forward alone or in float32 fused is faster.
+# there at once. Forward alone fused is faster.
 EXPLICIT_MAX = 1024 * 1024
+_KERNELS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, native: bool = False) -> Tensor:
@@ -30,7 +32,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, na
     see at least one key. With `native`, for which a machine must have `has_tiles`, a CPU trains by kernels of
     its own.
     """
-    if native and query.dtype == torch.bfloat16 and serves(query) and fits(query, key, value):
+    if native and query.dtype in _KERNELS and serves(query) and fits(query, key, value):
         return TiledAttention.apply(query, key, value, mask)
     small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
     if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
@@ -95,7 +97,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 class Heads(ctypes.Structure):
-    """Sizes, and how far it is from one sample, head and row to the next, in the order of `attention.cpp`."""
+    """Sizes, and how far it is from one sample, head and row to the next, in the order of `heads.h`."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -107,9 +109,9 @@ class Heads(ctypes.Structure):
     )
 
 
-def has_tiles() -> bool:
-    """Whether this machine has the kernels of `TiledAttention`."""
-    return hasattr(kernels(), "attention_forward")
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether this machine has the kernels of `TiledAttention` for numbers of type `dtype`."""
+    return dtype in _KERNELS and hasattr(kernels(), f"attention_forward_{_KERNELS[dtype]}")
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +157,8 @@ def _call(name: str, lie: tuple[Tensor, ...], mask: Tensor | None, *given: Tenso
     steps = [step for each in lie for step in each.stride()[:3]]
     shape = Heads(*sizes, *steps, *((0, 0, 0, 0) if mask is None else mask.stride()))
     addresses = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in given]
-    getattr(kernels(), name)(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
+    function = getattr(kernels(), f"{name}_{_KERNELS[query.dtype]}")
+    function(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
 
 
 def _forward_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:

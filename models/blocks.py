@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
+from models.feed_forward import FeedForward
 from models.float8 import Linear
-from models.fused import Geglu, GroupNorm
+from models.fused import GroupNorm
 from models.winograd import Conv2d
 
 
@@ -140,20 +141,6 @@ class Attention(nn.Module):
             for states in (self.query(x), self.key(context), self.value(context))
         )
         return self.out(attention(query, key, value, mask, self.native).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Linear, GEGLU, linear with four times the width inside (Shazeer 2020, arXiv:2002.05202): [B L D]."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.expand = Linear(width, 8 * width)
-        self.gate = Geglu()
-        self.contract = Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The transformed tokens [B L D]."""
-        return self.contract(self.gate(self.expand(x)))
 
 
 class TransformerBlock(Block):

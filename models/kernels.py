@@ -1,5 +1,4 @@
-"""The machine's own fast passes over memory: `kernels.cpp`, `attention.cpp` and `winograd.cpp`, compiled for
-this processor.
+"""The machine's own kernels, the C++ beside this file, compiled for this processor.
 
 Where there is a C++ compiler, the first process that asks compiles it, in some seconds, into the user's cache
 folder; the others load it from there. Without a compiler, or where anything else stands in the way, there are
@@ -14,19 +13,28 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch import library as operations
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "winograd.cpp", "attention.cpp"))
+_NAMES = ("kernels", "winograd", "feed_forward", "attention_float", "attention_bfloat16")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "product", "heads"))
 #: Neither flag lets numbers that are not finite pass for others, which the guard of the training looks for.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 COMPILERS = ("g++", "c++", "clang++")
 #: Seconds after which a compiler is given up.
 PATIENCE = 300.0
+#: Floats of working memory that a thread keeps at most; what takes more gets memory of its own.
+KEPT = 8 * 1024 * 1024
+#: Of each thread, kept: memory that no cache holds any more costs more than a transform.
+_rooms = threading.local()
 
 _OPERATIONS = operations.Library("firstlight", "DEF")
 
@@ -48,6 +56,16 @@ def operation(schema: str, function: Callable[..., Any], fake: Callable[..., Any
     name = _OPERATIONS.define(schema)
     _OPERATIONS.impl(name, function, "CPU")
     operations.register_fake(f"firstlight::{name}", fake, lib=_OPERATIONS)
+
+
+def room(floats: int) -> Tensor:
+    """Memory for the kernels' own use, whatever was there before."""
+    kept: Tensor | None = getattr(_rooms, "room", None)
+    if kept is None or len(kept) < floats:
+        kept = torch.empty(floats, dtype=torch.float32, device="cpu")
+        if floats <= KEPT:
+            _rooms.room = kept
+    return kept
 
 
 @lru_cache(maxsize=1)
@@ -95,7 +113,7 @@ def fingerprint(compiler: str) -> str:
         if line.startswith(("model", "flags", "Features", "CPU"))
     )
     parts = (
-        *(source.read_bytes() for source in SOURCES),
+        *(source.read_bytes() for source in (*SOURCES, *HEADERS)),
         " ".join(FLAGS).encode(),
         version.stdout,
         processor.encode(),

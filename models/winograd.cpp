@@ -8,25 +8,12 @@
 
 #include <omp.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
+#include "product.h"
 
 constexpr float A = 0.75f, B = 1.5f, AA = A * A, BB = B * B, SUM = AA + BB, ALL = AA * BB;
 // One over the product of a point's distances to the others, but for infinity: of 0, +-A and +-B.
 constexpr float AT_0 = 1 / ALL, AT_A = 1 / (2 * AA * (AA - BB)), AT_B = 1 / (2 * BB * (BB - AA));
 
-// Rows of a product that are made at once, two Lanes each: as many as registers hold.
-constexpr int ROWS = LANES == 16 ? 12 : 6;
-constexpr int64_t PANEL = 2 * LANES;
 // Floats between planes: at powers of two apart they would fall on the same lines of a cache.
 constexpr int64_t APART = 48;
 // Floats of a thread's transformed tiles, of both maps, that its own cache holds; and of those of all threads.
@@ -38,14 +25,6 @@ struct Convolution {
     int64_t tiles() const { return samples * (height / 4) * (width / 4); }
     int64_t kernel_plane() const { return within * out + APART; }
 };
-
-static inline Lanes load(const float *from) {
-    Lanes value;
-    std::memcpy(&value, from, sizeof(value));
-    return value;
-}
-
-static inline void store(float *to, Lanes value) { std::memcpy(to, &value, sizeof(value)); }
 
 // One line each: 3 numbers of a kernel to 6, 6 inputs to 6 products' factors, and 6 products to 4 outputs; then the
 // transposed.
@@ -178,52 +157,6 @@ static void of_products_of(const Convolution &shape, Tile tile, const float *of_
     }
 }
 
-// R rows of W * LANES sums each over `depth` products: a[r * a_row + d * a_step] times b[d * b_row ...].
-template <int R, int W>
-static inline void block(int64_t depth, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_row,
-                         float *c, int64_t c_row, bool add) {
-    Lanes sum[R][W] = {};
-    for (int64_t d = 0; d < depth; d++) {
-        Lanes factor[W];
-        for (int w = 0; w < W; w++) factor[w] = load(b + d * b_row + w * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++) sum[r][w] += a[r * a_row + d * a_step] * factor[w];
-    }
-    for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++) {
-            float *to = c + r * c_row + w * LANES;
-            store(to, add ? load(to) + sum[r][w] : sum[r][w]);
-        }
-}
-
-// The last rows, of which there are fewer than R + 1.
-template <int R, int W, class... Given>
-static inline void last(int64_t rows, Given... given) {
-    if constexpr (R > 0) {
-        if (rows == R) block<R, W>(given...);
-        else last<R - 1, W>(rows, given...);
-    }
-}
-
-// `columns` sums, PANEL or LANES of them, in each of `rows` rows.
-static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_step,
-                    const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
-    for (; rows > 0; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row) {
-        const int64_t now = std::min<int64_t>(rows, ROWS);
-        if (columns == LANES) last<ROWS, 1>(now, depth, a, a_row, a_step, b, b_row, c, c_row, add);
-        else last<ROWS, 2>(now, depth, a, a_row, a_step, b, b_row, c, c_row, add);
-    }
-}
-
-static inline void transpose(Lanes (&square)[LANES]) {
-    float from[LANES][LANES], to[LANES][LANES];
-    std::memcpy(from, square, sizeof(from));
-    for (int i = 0; i < LANES; i++)
-        for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
-    std::memcpy(square, to, sizeof(to));
-}
-
 // Kernels [out 3 3 within] to factors [36 out/PANEL within PANEL] of products with maps of `within` channels, for LANES
 // outputs from `o` on.
 static void panels(const Convolution &shape, const float *kernel, int64_t o, float *factors) {
@@ -301,7 +234,7 @@ extern "C" void winograd_convolve(const Convolution *of, const float *x, const f
                 for (int64_t o = 0; o < N; o += PANEL) {
                     const int64_t wide = std::min(PANEL, N - o);
                     product(count, wide, C, factors + k * plane_in, C, 1, room + k * shape.kernel_plane() + o * C, wide,
-                            products + k * plane_out + o, N, false);
+                            products + k * plane_out + o, N, nullptr, 0);
                 }
             for (int64_t t = 0; t < count; t++)
                 outputs_of(shape, Tile(shape, first + t), products, t, plane_out, bias, N, y);
@@ -328,9 +261,11 @@ extern "C" void winograd_kernel_gradient(const Convolution *of, const float *x, 
             }
 #pragma omp for collapse(2)
             for (int k = 0; k < 36; k++)
-                for (int64_t c = 0; c < C; c += PANEL)
+                for (int64_t c = 0; c < C; c += PANEL) {
+                    float *sum = room + k * shape.kernel_plane() + c;
                     product(N, std::min(PANEL, C - c), count, of_products + k * plane_out, 1, N,
-                            factors + k * plane_in + c, C, room + k * shape.kernel_plane() + c, C, first > 0);
+                            factors + k * plane_in + c, C, sum, C, first > 0 ? sum : nullptr, C);
+                }
         }
 #pragma omp for
         for (int64_t o = 0; o < N; o++)

@@ -10,22 +10,17 @@ of the largest result, several times those of the sum. Used by the blocks, switc
 
 import ctypes
 import math
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.fused import first_order, serves
-from models.kernels import kernels, operation
+from models.kernels import kernels, operation, room
 
-TILE = 4
+TILE, LANES = 4, 16
 #: Tiles of a batch below which transforming the kernels costs more than it saves.
 LEAST_TILES = 16
-#: Floats of working memory that a thread keeps at most; what takes more gets memory of its own.
-KEPT = 8 * 1024 * 1024
-#: Of each thread, kept: memory that no cache holds any more costs more than a transform.
-_rooms = threading.local()
 
 
 class Convolution(ctypes.Structure):
@@ -50,7 +45,7 @@ class Conv2d(nn.Conv2d):
         return (
             (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
             and (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros")
-            and self.in_channels % 16 == self.out_channels % 16 == 0
+            and self.in_channels % LANES == self.out_channels % LANES == 0
             and x.shape[2] % TILE == x.shape[3] % TILE == 0
             and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_TILES * TILE**2
             and x.dtype == self.weight.dtype == torch.float32
@@ -66,18 +61,17 @@ class Winograd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The feature map [B out h w], channels-last."""
         ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
         return torch.ops.firstlight.winograd_forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of `x`, `weight` and `bias`."""
         first_order()
         x, weight = ctx.saved_tensors
         up = gradients[0].contiguous(memory_format=torch.channels_last)
         of_x = torch.ops.firstlight.winograd_input_gradient(up, weight) if ctx.needs_input_grad[0] else None
-        of_weight = torch.ops.firstlight.winograd_kernel_gradient(x, up)
-        return of_x, of_weight, up.sum((0, 2, 3)) if ctx.biased else None
+        of_weight = torch.ops.firstlight.winograd_kernel_gradient(x, up) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, up.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,19 +88,20 @@ def _input_gradient(up: Tensor, weight: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, turned: bool) -> None:
     """Fills `y` [B out h w] from `x` [B in h w] and `weight` [out in 3 3], or [in out 3 3] if `turned`."""
+    _check(x)
     shape, threads = _shape(x, y), ctypes.c_int(torch.get_num_threads())
     weight = _last(weight)  # a copy has to live until the call is over
-    room = _room(_library().winograd_room(ctypes.byref(shape), threads))
-    given = [
-        None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (x, weight, bias, y, room)
-    ]
+    own = room(_library().winograd_room(ctypes.byref(shape), threads))
+    given = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in (x, weight, bias, y, own)]
     _library().winograd_convolve(ctypes.byref(shape), *given, ctypes.c_int(turned), threads)
 
 
 def _kernel_gradient(x: Tensor, up: Tensor) -> Tensor:
+    _check(x)
+    _check(up)
     of_weight, shape = _kernel(x, up), _shape(x, up)
-    room = _room(_library().winograd_gradient_room(ctypes.byref(shape)))
-    given = [ctypes.c_void_p(each.data_ptr()) for each in (x, up, of_weight, room)]
+    own = room(_library().winograd_gradient_room(ctypes.byref(shape)))
+    given = [ctypes.c_void_p(each.data_ptr()) for each in (x, up, of_weight, own)]
     threads = ctypes.c_int(torch.get_num_threads())
     _library().winograd_kernel_gradient(ctypes.byref(shape), *given, threads)
     return of_weight
@@ -125,6 +120,13 @@ def _shape(x: Tensor, y: Tensor) -> Convolution:
     return Convolution(x.shape[0], x.shape[2], x.shape[3], x.shape[1], y.shape[1])
 
 
+def _check(x: Tensor) -> None:
+    """The functions read memory as `Conv2d.suits` says that it lies."""
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.shape[1] % LANES == x.shape[2] % TILE == x.shape[3] % TILE == 0
+
+
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -139,16 +141,6 @@ def _kernel(x: Tensor, up: Tensor) -> Tensor:
     """Room for the gradient of the kernel that makes a map like `up` of `x`."""
     shape = (up.shape[1], x.shape[1], 3, 3)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _room(floats: int) -> Tensor:
-    """Memory for the kernels' own use, whatever was there before."""
-    room: Tensor | None = getattr(_rooms, "room", None)
-    if room is None or len(room) < floats:
-        room = torch.empty(floats)
-        if floats <= KEPT:
-            _rooms.room = room
-    return room
 
 
 def _flops(x: torch.Size, channels: int) -> int:

@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     except (PeakError, TrainingError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return ENVIRONMENT
+    except OSError as error:
+        print(f"bench.py: {error}; check that it exists, is writable and has space", file=sys.stderr)
+        return ENVIRONMENT
     except NotEqualError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return NUMERICAL

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 import evaluation.report
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
+from models.checkpoint import Checkpoint
 from models.stages import ahead, preflight
 from models.stages.callbacks import Clock
-from models.stages.compute import Compute
+from models.stages.compute import Compute, threads_for
+from models.stages.diffusion import DiffusionStage
 from models.stages.lock import run_lock
 from scripts.export import main as export
 from scripts.precompute import main as precompute
@@ -107,6 +109,49 @@ def test_the_judge_is_trained_beside_where_a_core_is_idle(
     assert command("train", *WORDS, f"folder=judged-{cores}") == 0
     assert (place / f"judged-{cores}" / "judge" / "judge.json").exists()
     assert in_the_report == ([0] if cores == 1 else [])
+
+
+@pytest.mark.parametrize("program", ["/nowhere", "import sys; sys.exit(7)"])
+def test_a_judge_that_cannot_be_trained_beside_is_trained_for_the_report(
+    program: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = (program,) if program == "/nowhere" else (sys.executable, "-c", program)
+    monkeypatch.setattr(train, "JUDGE", words)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(evaluation.report, "train_judge", lambda seed, progress: (AdherenceJudge(), {}))
+    folder = f"misjudged-{len(words)}"
+    assert command("train", *WORDS, f"folder={folder}") == 0
+    told = capsys.readouterr().out
+    assert ("No such file" if len(words) == 1 else "exit code 7") in told
+    assert (place / folder / "judge" / "judge.json").exists()
+
+
+def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the preflight that began the run, whatever another one would decide: or the last bits change."""
+    save_judge(AdherenceJudge(), place / "threads" / "judge")
+    words, decided = [*WORDS, "folder=threads", "trainer.threads=0"], {"flops": 2e9}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(
+        preflight, "threads_for", lambda options, _, before=0: threads_for(options, decided["flops"], before)
+    )
+    seen: list[int] = []
+    real = DiffusionStage.training_step
+    monkeypatch.setattr(
+        DiffusionStage, "training_step", lambda *given: seen.append(torch.get_num_threads()) or real(*given)
+    )
+    try:
+        assert command("train", *words) == 0
+        assert set(seen) == {2}
+        run = place / "threads" / "tiny"
+        state = Checkpoint(sorted((run / "diffusion" / "checkpoints").glob("images-*"))[-1]).document("state")
+        assert state["compute"]["threads"] == 2
+        shutil.rmtree(run / "diffusion")  # as if it was stopped between the stages
+        seen.clear()
+        decided["flops"] = 0.0
+        assert command("train", *words, "resume=true") == 0
+        assert set(seen) == {2}
+    finally:
+        torch.set_num_threads(1)
 
 
 def copied(first: Path, name: str) -> tuple[Path, str]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,17 +21,17 @@ class Beside:
 
     Args:
         command: program and words; it gives way to other work, and stays with its parent, by itself.
+        log: gets what it says.
         threads: it may compute with.
-        log: gets what it says; None drops that.
 
     Raises:
         OSError: it cannot be started, or the log cannot be written.
     """
 
-    def __init__(self, command: Sequence[str], threads: int = 1, log: Path | None = None) -> None:
+    def __init__(self, command: Sequence[str], log: Path, threads: int = 1) -> None:
         environment = {key: value for key, value in os.environ.items() if key not in _PLACE}
         environment |= {PARENT: str(os.getpid()), "OMP_NUM_THREADS": str(threads)}
-        with Path(os.devnull if log is None else log).open("wb") as output:
+        with log.open("wb") as output:
             self._process = subprocess.Popen(
                 list(command), env=environment,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -54,9 +55,10 @@ class Beside:
         """What it ended with; None while it runs."""
         return self._process.poll()
 
-    def wait(self) -> None:
-        """Returns once it has ended, however it did."""
-        self._process.wait()
+    def wait(self, seconds: float) -> None:
+        """Returns once it has ended, however it did, or after so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def stop(self) -> None:
         """Ends it where it still runs, by force if need be."""

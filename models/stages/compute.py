@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from models.attention import has_tiles
 from models.blocks import Attention, Block
+from models.feed_forward import FeedForward
 from models.float8 import Linear
 from models.fused import Geglu, GroupNorm
 from models.kernels import kernels
@@ -86,8 +87,9 @@ class TrainerOptions:
         accelerator: the device.
         precision: what the networks multiply in.
         compile: whether the networks go through `torch.compile`.
-        threads: CPU threads of each process; 0 shares out the cores this process may use, and is one thread
-            under `reduce=tree`, as the last bits may depend on how many there are.
+        threads: CPU threads of each process; 0 shares out the cores this process may use, of which a stage
+            trains on as many as have a GFLOP of its step each, and is one thread under `reduce=tree`, as the
+            last bits may depend on how many there are.
         devices: processes that train together on this machine, each with its share of every batch.
         accumulate: micro-batches that a process computes one after another for one step; of the same global
             batch, in less memory.
@@ -188,8 +190,8 @@ class Compute:
     recompute: bool = False
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
-    #: Norms, gates, the blocks' attention and, not compiled, 3x3 convolutions go through the machine's own
-    #: kernels in training.
+    #: Norms, gates, the blocks' attention and, not compiled, 3x3 convolutions and feed-forwards go through
+    #: the machine's own kernels in training.
     native: bool = False
     #: CPU threads of each process in training; 0 is as many as torch has.
     threads: int = 0
@@ -241,10 +243,10 @@ class Compute:
         for module in networks.modules():
             if isinstance(module, Linear):
                 module.float8 = self.fp8
-            if isinstance(module, GroupNorm | Geglu | Conv2d):
+            if isinstance(module, GroupNorm | Geglu | Conv2d | FeedForward):
                 module.native = native
             if isinstance(module, Attention):
-                module.native = native and has_tiles()
+                module.native = native and has_tiles(torch.bfloat16 if self.bf16 else torch.float32)
         for block in blocks:
             block.recompute = self.recompute
             block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
@@ -268,8 +270,8 @@ def choose(options: TrainerOptions, before: Compute | None = None) -> Compute:
     """The way to compute by what the machine has; the clock has no say, so that two runs of a seed are alike.
 
     Channels-last everywhere; on a GPU bfloat16 and compiled, on a CPU bfloat16 where it multiplies that, else
-    float32. Norms, gates, the blocks' attention and 3x3 convolutions go through kernels compiled for the
-    machine where it can compile them.
+    float32. Norms, gates, the blocks' attention and feed-forwards and 3x3 convolutions go through kernels
+    compiled for the machine where it can compile them.
 
     Args:
         options: what the user fixed.
@@ -397,15 +399,15 @@ def set_threads(options: TrainerOptions, local_size: int = 1) -> None:
     torch.set_num_threads(options.threads or share)
 
 
-def threads_for(options: TrainerOptions, flops: float) -> int:
+def threads_for(options: TrainerOptions, flops: float, before: int = 0) -> int:
     """CPU threads for a stage with `flops` FLOPs a step and process: as many as torch has, if they have work.
 
-    The rest of the machine is left to what runs beside the training.
+    The rest of the machine is left to what runs beside the training. 0, all that torch has, where the number
+    is given or no CPU trains; `before`, of the run until it was stopped, as far as there are so many.
     """
-    most = torch.get_num_threads()
     if options.threads or device_of(options).type != "cpu":
-        return most
-    return max(1, min(most, int(flops / FLOPS_A_THREAD)))
+        return 0
+    return max(1, min(torch.get_num_threads(), before or int(flops / FLOPS_A_THREAD)))
 
 
 def allow_shapes(count: int) -> None:

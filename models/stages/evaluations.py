@@ -109,7 +109,7 @@ class Evaluations:
         self._images = images
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._process = Beside(command, options.threads, self._log())
+            self._process = Beside(command, self._log(), options.threads)
         except OSError as error:
             return Evaluated(images, {}, (), f"it could not be started: {error}")
         return None

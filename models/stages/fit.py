@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from data.datamodule import DataModule
@@ -98,9 +99,10 @@ def fit(work: Work, session: Session) -> None:
             nullcontext() if evaluating is None else evaluating.evaluations,
             saver,
             out_of_memory(stage.name, stage.compute.device),
-            on_threads(stage.compute.threads),
         ):
-            trainer = _train(work, session, callbacks, saver)
+            # This rank may have fewer cores than the one that decided.
+            with on_threads(min(stage.compute.threads, torch.get_num_threads())):
+                trainer = _train(work, session, callbacks, saver)
             if stage.images_seen >= stage.plan.images:
                 work.finish()
                 validation.run(trainer)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.progress import duration
-from models import attention, winograd
+from models import attention, feed_forward, winograd
 from models.portions import on_threads
 from models.stages.compute import Compute, Reduce, choose, decide, seconds_a_call, threads_for
 from models.stages.division import Division, divide
@@ -53,7 +53,11 @@ class Cost:
 
 
 def preflight(
-    stage: Stage, batch: Callable[[int], Batch], session: Session, before: Compute | None = None
+    stage: Stage,
+    batch: Callable[[int], Batch],
+    session: Session,
+    before: Compute | None = None,
+    threads: int = 0,
 ) -> Cost:
     """The cost of what is left of `stage`, measured; the stage computes in the fastest way from here on.
 
@@ -62,6 +66,8 @@ def preflight(
         batch: makes a batch of that many samples, of the shapes of training.
         session: what the user fixed, and the ranks that share a batch.
         before: how the checkpoint was computed that the stage goes on from.
+        threads: that the stage was given when the run began, as another number may change the last bits; 0
+            for a stage that no preflight has seen.
 
     Raises:
         ConfigError: the options ask for what the machine does not have.
@@ -71,7 +77,7 @@ def preflight(
     options = session.options
     division = divide(f"plan.{stage.name}", stage.plan.batch_size, session.ranks.size, options)
     flops, activations = _count(stage, choose(options, before), batch)
-    threads = threads_for(options, flops * division.micro_batch)
+    threads = threads_for(options, flops * division.micro_batch, threads)
 
     def step_seconds(way: Compute) -> float:
         stage.use(way)
@@ -84,6 +90,7 @@ def preflight(
 
     with on_threads(threads):
         compute, seconds_a_step = decide(options, step_seconds, steps, before)
+        ceiling = matmul_ceiling(compute)
     compute = replace(compute, threads=threads)
     stage.use(compute)
     parameters = sum(p.numel() for p in stage.networks.parameters())
@@ -105,7 +112,7 @@ def preflight(
         + activations * division.micro_batch,
         disk=(_COPIES_ON_DISK + averages) * weights * (session.keep.checkpoints(stage.plan.images) + 1),
         compute=compute,
-        ceiling=matmul_ceiling(compute),
+        ceiling=ceiling,
         ranks=session.ranks.size,
     )
 
@@ -173,7 +180,9 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
             kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
-    counter = FlopCounterMode(display=False, custom_mapping=attention.FLOPS | winograd.FLOPS)
+    counter = FlopCounterMode(
+        display=False, custom_mapping=attention.FLOPS | feed_forward.FLOPS | winograd.FLOPS
+    )
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         _step(stage, one)
     activations = sum(kept.values())

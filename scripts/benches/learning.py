@@ -34,6 +34,7 @@ from data.shard_index import write_atomic
 from data.shards import ShardDataset
 from evaluation.adherence import AdherenceJudge, load_judge, score
 from evaluation.metrics import frechet_distance
+from evaluation.report import judge_folder
 from models.autoencoder import Autoencoder
 from models.checkpoint import CheckpointError, fingerprint, newest
 from models.loading import build_networks, load_part, read_sampling
@@ -150,7 +151,7 @@ class Bench:
         checkpoint = newest(run / "autoencoder" / "checkpoints")
         if checkpoint is None:
             raise CheckpointError(f"{run}: there is no trained autoencoder; make one with: python train.py")
-        judge = load_judge(run.parent / "judge")
+        judge = load_judge(judge_folder(run))
         data: ShardData = make("data", values["data"])
         if not data.is_given:
             shards = make("rendered", values["rendered"]).write(data.resolution, 1)

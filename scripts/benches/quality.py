@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from scipy.stats import t as student
 
+from data.progress import Progress
 from data.rendered import RenderedLandscapes
 from data.shard_index import DataError
 from evaluation.adherence import RESOLUTION
@@ -86,7 +87,9 @@ def quality(
         raise ConfigError("diffusers is what ours is compared with; install the extra `dev`")
     finished_autoencoder(demo)  # refused now rather than by a process that trains
     if shards is None:
-        shards = RenderedLandscapes().write(RESOLUTION, threads)
+        rendered = RenderedLandscapes()
+        with Progress("rendering landscapes", rendered.images + rendered.held_out) as progress:
+            shards = rendered.write(RESOLUTION, threads, progress.advance)
     if not shards.exists():
         raise DataError(f"{shards}: there is no such folder of shards; without --shards they are rendered")
     torch.set_num_threads(threads)

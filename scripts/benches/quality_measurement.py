@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shard_index import write_atomic
-from evaluation.report import find_judge
+from evaluation.report import find_judge, judge_folder
 from scripts.benches.quality_arms import RECIPE, RECIPE_LR, Arm, finished_autoencoder
 from scripts.benches.quality_exam import PROMPTS, TUNING, Exam, Score, real_features
 from scripts.benches.quality_train import ClockKind, Point, Probe, Trained, Training, probe, train
@@ -104,7 +104,7 @@ class Measurement:
     def exams(self) -> dict[int, Exam]:
         """The exam on the tuning prompts, and that on the reported ones, by the seeds of their scenes."""
         settings = self.settings
-        judge = find_judge(Path(settings.demo).parent / "judge")
+        judge = find_judge(judge_folder(Path(settings.demo)))
         _, demo = finished_autoencoder(Path(settings.demo))
         real = real_features(judge, 2 * settings.pictures, int(demo["resolution"]))
         counts = {TUNING: max(2, settings.pictures // 2), PROMPTS: settings.pictures}

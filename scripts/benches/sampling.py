@@ -30,7 +30,7 @@ from data.progress import Progress
 from data.rendered import VAL_SEED
 from evaluation.adherence import AdherenceJudge, class_ids, score
 from evaluation.metrics import frechet_distance
-from evaluation.report import find_judge
+from evaluation.report import find_judge, judge_folder
 from models.diffusion.grids import uniform_grid
 from models.diffusion.guidance import Guidance
 from models.diffusion.samplers import euler
@@ -103,7 +103,7 @@ def sampling(
         num_steps=steps or ours.defaults.num_steps,
         guidance_scale=scale or ours.defaults.guidance_scale,
     )
-    test = Test(find_judge(checkpoint.parent / "judge"), pictures, batch, teacher.resolution)
+    test = Test(find_judge(judge_folder(checkpoint)), pictures, batch, teacher.resolution)
     scales = [usual_scale] if usual_scale else [2.0, 3.0, 4.0]
     tried = {each: test(teacher, usual(each, -1), TRIED) for each in scales} if len(scales) > 1 else {}
     best = max(scales, key=lambda each: tried[each].shares["all"] if tried else 0.0)

@@ -1,5 +1,6 @@
 """The machine's own kernels against torch's operations: values, gradients, and where they are not used."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +209,29 @@ def test_a_cache_that_others_may_write_to_is_not_used(
     assert kernels.cache_folder() == tmp_path / "firstlight"
     (tmp_path / "firstlight").chmod(0o777)
     assert kernels.cache_folder() is None
+
+
+def test_room_is_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_rooms", threading.local())
+    small = kernels.room(100)
+    assert kernels.room(50).data_ptr() == small.data_ptr()
+    assert len(kernels.room(200)) == 200
+    assert len(kernels.room(100)) == 200
+    monkeypatch.setattr(kernels, "KEPT", 1000)
+    assert len(kernels.room(1001)) == 1001
+    assert len(kernels.room(100)) == 200
+
+
+def test_room_is_of_floats_whatever_torch_makes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_rooms", threading.local())
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        with torch.device("meta"):
+            room = kernels.room(100)
+    finally:
+        torch.set_default_dtype(before)
+    assert (room.dtype, room.device.type) == (torch.float32, "cpu")
 
 
 @needs_kernels

@@ -1,14 +1,12 @@
 """Convolutions by tiles against the sum over the window: values, gradients, and where they are not used."""
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import kernels, winograd
+from models import kernels
 from models.portions import on_threads
 from models.winograd import FLOPS, Conv2d, Winograd
 
@@ -85,17 +83,6 @@ def test_no_bit_depends_on_the_threads() -> None:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
-def test_room_is_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "_rooms", threading.local())
-    small = winograd._room(100)
-    assert winograd._room(50).data_ptr() == small.data_ptr()
-    assert len(winograd._room(200)) == 200
-    assert len(winograd._room(100)) == 200
-    monkeypatch.setattr(winograd, "KEPT", 1000)
-    assert len(winograd._room(1001)) == 1001
-    assert len(winograd._room(100)) == 200
-
-
 def test_its_work_is_counted() -> None:
     conv, x = layer(64, 80, bias=False), made(4, 64, 8, 8).requires_grad_()
     conv.native = True
@@ -120,6 +107,17 @@ def test_an_input_without_gradient_gets_none() -> None:
     conv(x).sum().backward()
     assert x.grad is None
     assert conv.weight.grad is not None
+
+
+def test_a_frozen_kernel_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x = layer().requires_grad_(False), made(2, 64, 16, 16).requires_grad_()
+    conv.native = True
+    monkeypatch.setattr(
+        torch.ops.firstlight, "winograd_kernel_gradient", lambda *_: pytest.fail("it was made")
+    )
+    conv(x).sum().backward()
+    assert x.grad is not None
+    assert conv.weight.grad is None
 
 
 def test_what_is_not_finite_stays_so() -> None:

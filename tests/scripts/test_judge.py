@@ -26,9 +26,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_it_is_trained_once(tmp_path: Path, trained: list[int], capsys: Any) -> None:
-    assert not report.has_judge(tmp_path / "judge")
+    assert report.kept_judge(tmp_path / "judge") is None
     assert main([str(tmp_path / "judge")]) == 0
-    assert report.has_judge(tmp_path / "judge")
+    assert report.kept_judge(tmp_path / "judge") is not None
     weights = (tmp_path / "judge" / "judge.safetensors").read_bytes()
     assert main([str(tmp_path / "judge"), "--nice", "0"]) == 0
     assert trained == [0]
@@ -51,6 +51,7 @@ def test_errors(tmp_path: Path, trained: list[int], capsys: Any) -> None:
     (tmp_path / "file").touch()
     assert main([str(tmp_path / "file" / "judge")]) == 5
     assert "check that the folder can be written" in capsys.readouterr().err
+    assert trained == []  # it is noticed before the minute of work
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "judge"), "--nice=20"])
     assert stop.value.code == 2

@@ -25,13 +25,14 @@ signal.pause()
 def test_what_it_is_given_and_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with Beside([sys.executable, "-c", TELLING], threads=2, log=tmp_path / "log") as each:
-        each.wait()
+        each.wait(60)
         assert each.code == 3
     assert (tmp_path / "log").read_text().split() == ["2", str(os.getpid()), "False"]
 
 
-def test_it_ends_with_the_training() -> None:
-    with Beside([sys.executable, "-c", "import time; time.sleep(60)"]) as each:
+def test_it_ends_with_the_training(tmp_path: Path) -> None:
+    with Beside([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log") as each:
+        each.wait(0.01)
         assert each.code is None
     assert each.code is not None
     with pytest.raises(ProcessLookupError):
@@ -48,4 +49,4 @@ def test_one_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nothing"):
-        Beside([str(tmp_path / "nothing")])
+        Beside([str(tmp_path / "nothing")], tmp_path / "log")

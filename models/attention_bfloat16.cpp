@@ -13,29 +13,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "heads.h"
 
-typedef uint16_t bf16;
+typedef uint16_t Half;  // the bits of a bfloat16
 typedef uint32_t Pair;  // two of them, the first in the low half
 
 constexpr int64_t LANES = 16, COLUMNS = 2 * LANES;  // of a register, and of a tile of a product
 constexpr int64_t QUERIES = 32;                     // at a time
 
-// Numbers from one sample, head and row of [batch heads length width] to the next; the width is dense.
-struct Place {
-    int64_t batch, head, row;
-};
-
-struct Heads {
-    int64_t batch, heads, queries, keys, width;
-    Place query, key, value, out;  // gradients lie as what they are of: of_query as query, ...
-    int64_t mask_batch, mask_head, mask_query, mask_key;
-};
-
 INLINE int64_t rounded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-INLINE Pair pair(bf16 low, bf16 high) { return Pair(low) | Pair(high) << 16; }
+INLINE Pair pair(Half low, Half high) { return Pair(low) | Pair(high) << 16; }
 INLINE __m256i halves(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 INLINE void store_pairs(Pair *to, const __m512i (&both)[2]) {
     _mm512_storeu_si512(to, _mm512_or_si512(both[0], _mm512_slli_epi32(both[1], 16)));
@@ -72,15 +60,15 @@ INLINE void product(int64_t rows, int64_t columns, int64_t pairs, const Pair *a,
 }
 
 // Rows [rows width] as pairs along the width: [padded wide / 2], zeros beyond both.
-static void along_width(const bf16 *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
+static void along_width(const Half *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
                         int64_t wide, Pair *to) {
     std::memset(to, 0, padded * wide / 2 * sizeof(Pair));
     for (int64_t i = 0; i < rows; i++)
-        std::memcpy(to + i * wide / 2, from + i * stride, width * sizeof(bf16));
+        std::memcpy(to + i * wide / 2, from + i * stride, width * sizeof(Half));
 }
 
 // The same transposed: [wide / 2 padded].
-static void across_width(const bf16 *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
+static void across_width(const Half *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
                          int64_t wide, Pair *to) {
     std::memset(to, 0, padded * wide / 2 * sizeof(Pair));
     for (int64_t i = 0; i < rows; i++)
@@ -89,11 +77,11 @@ static void across_width(const bf16 *from, int64_t stride, int64_t rows, int64_t
 }
 
 // Pairs of rows: [padded / 2 wide].
-static void along_rows(const bf16 *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
+static void along_rows(const Half *from, int64_t stride, int64_t rows, int64_t width, int64_t padded,
                        int64_t wide, Pair *to) {
     std::memset(to, 0, padded * wide / 2 * sizeof(Pair));
     for (int64_t i = 0; i < rows; i += 2) {
-        const bf16 *one = from + i * stride, *next = one + stride;
+        const Half *one = from + i * stride, *next = one + stride;
         Pair *row = to + i / 2 * wide;
         if (i + 1 < rows)
             for (int64_t j = 0; j < width; j++) row[j] = pair(one[j], next[j]);
@@ -103,7 +91,7 @@ static void along_rows(const bf16 *from, int64_t stride, int64_t rows, int64_t w
 }
 
 // As bfloat16, times `factor`.
-INLINE void write(const float *from, int64_t rows, int64_t width, int64_t wide, float factor, bf16 *to,
+INLINE void write(const float *from, int64_t rows, int64_t width, int64_t wide, float factor, Half *to,
                   int64_t stride) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < width; j += LANES) {
@@ -128,46 +116,9 @@ INLINE __m512 power_of_two(__m512 x) {
 
 constexpr float LOG2E = 1.44269504f;
 
-// Minus infinity in place of the scores of what may not be seen, or is no key.
-INLINE void hide(const Heads &shape, const uint8_t *mask, int64_t rows, int64_t keys, float *scores) {
-    for (int64_t i = 0; i < rows; i++) {
-        float *row = scores + i * keys;
-        for (int64_t j = shape.keys; j < keys; j++) row[j] = -INFINITY;
-        if (mask)
-            for (int64_t j = 0; j < shape.keys; j++)
-                if (!mask[i * shape.mask_query + j * shape.mask_key]) row[j] = -INFINITY;
-    }
-}
-
-INLINE const uint8_t *masked(const Heads &s, const uint8_t *mask, int64_t b, int64_t h, int64_t q) {
-    return mask ? mask + b * s.mask_batch + h * s.mask_head + q * s.mask_query : nullptr;
-}
-
-INLINE int64_t begin(const Place &place, int64_t b, int64_t h) { return b * place.batch + h * place.head; }
-
-// Cuts one piece of memory, which each thread keeps, into parts.
-class Room {
-  public:
-    explicit Room(int64_t words) {
-        static thread_local std::vector<unsigned char> kept;
-        if (int64_t(kept.size()) < WORD * words) kept.resize(WORD * words);
-        next = kept.data();
-    }
-    template <class T>
-    T *take(int64_t words) {
-        T *begin = reinterpret_cast<T *>(next);
-        next += WORD * words;
-        return begin;
-    }
-
-  private:
-    static constexpr int64_t WORD = 4;  // bytes of a float, and of a pair
-    unsigned char *next;
-};
-
 // `level` [batch heads queries] is the logarithm to the base 2 of the sum of each row's exponentials.
-extern "C" void attention_forward(const Heads *shape, const bf16 *query, const bf16 *key, const bf16 *value,
-                                  const uint8_t *mask, bf16 *out, float *level, int threads) {
+extern "C" void attention_forward_bfloat16(const Heads *shape, const Half *query, const Half *key, const Half *value,
+                                  const uint8_t *mask, Half *out, float *level, int threads) {
     const Heads s = *shape;
     const int64_t keys = rounded(s.keys, COLUMNS), wide = rounded(s.width, COLUMNS), packed = keys * wide / 2;
     const __m512 by = _mm512_set1_ps(LOG2E / std::sqrt(float(s.width)));
@@ -177,13 +128,13 @@ extern "C" void attention_forward(const Heads *shape, const bf16 *query, const b
         Room room(2 * packed + QUERIES * (wide / 2 + keys / 2 + keys + wide));
         Pair *keyed = room.take<Pair>(packed), *valued = room.take<Pair>(packed);
         Pair *asked = room.take<Pair>(QUERIES * wide / 2);
-        bf16 *shares = room.take<bf16>(QUERIES * keys / 2);
+        Half *shares = room.take<Half>(QUERIES * keys / 2);
         float *scores = room.take<float>(QUERIES * keys), *found = room.take<float>(QUERIES * wide);
         across_width(key + begin(s.key, b, h), s.key.row, s.keys, s.width, keys, wide, keyed);
         along_rows(value + begin(s.value, b, h), s.value.row, s.keys, s.width, keys, wide, valued);
         for (int64_t q = 0; q < s.queries; q += QUERIES) {
             const int64_t rows = std::min(QUERIES, s.queries - q), padded = rounded(rows, 8);
-            const bf16 *from = query + begin(s.query, b, h) + q * s.query.row;
+            const Half *from = query + begin(s.query, b, h) + q * s.query.row;
             along_width(from, s.query.row, rows, s.width, padded, wide, asked);
             product(padded, keys, wide / 2, asked, wide / 2, 1, keyed, scores);
             hide(s, masked(s, mask, b, h, q), rows, keys, scores);
@@ -211,9 +162,9 @@ extern "C" void attention_forward(const Heads *shape, const bf16 *query, const b
 }
 
 // The gradients of query, key and value from that of the output.
-extern "C" void attention_backward(const Heads *shape, const bf16 *query, const bf16 *key, const bf16 *value,
-                                   const uint8_t *mask, const float *level, const bf16 *of_out,
-                                   bf16 *of_query, bf16 *of_key, bf16 *of_value, int threads) {
+extern "C" void attention_backward_bfloat16(const Heads *shape, const Half *query, const Half *key, const Half *value,
+                                   const uint8_t *mask, const float *level, const Half *of_out,
+                                   Half *of_query, Half *of_key, Half *of_value, int threads) {
     const Heads s = *shape;
     const int64_t keys = rounded(s.keys, COLUMNS), wide = rounded(s.width, COLUMNS), packed = keys * wide / 2;
     const float scale = 1.0f / std::sqrt(float(s.width));
@@ -228,7 +179,7 @@ extern "C" void attention_backward(const Heads *shape, const bf16 *query, const 
         Pair *asked = room.take<Pair>(few), *asked_rows = room.take<Pair>(few);
         Pair *up = room.take<Pair>(few), *up_rows = room.take<Pair>(few);
         Pair *shares = room.take<Pair>(half), *slopes = room.take<Pair>(half);
-        bf16 *slope_rows = room.take<bf16>(half);
+        Half *slope_rows = room.take<Half>(half);
         float *scores = room.take<float>(2 * half), *of_shares = room.take<float>(2 * half);
         float *made = room.take<float>(2 * few);
         float *key_sum = room.take<float>(2 * packed), *value_sum = room.take<float>(2 * packed);
@@ -237,8 +188,8 @@ extern "C" void attention_backward(const Heads *shape, const bf16 *query, const 
         along_rows(key + begin(s.key, b, h), s.key.row, s.keys, s.width, keys, wide, key_rows);
         for (int64_t q = 0; q < s.queries; q += QUERIES) {
             const int64_t rows = std::min(QUERIES, s.queries - q), padded = rounded(rows, 8);
-            const bf16 *from = query + begin(s.query, b, h) + q * s.query.row;
-            const bf16 *grown = of_out + begin(s.out, b, h) + q * s.out.row;
+            const Half *from = query + begin(s.query, b, h) + q * s.query.row;
+            const Half *grown = of_out + begin(s.out, b, h) + q * s.out.row;
             along_width(from, s.query.row, rows, s.width, padded, wide, asked);
             along_rows(from, s.query.row, rows, s.width, padded, wide, asked_rows);
             along_width(grown, s.out.row, rows, s.width, padded, wide, up);
