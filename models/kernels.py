@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,12 @@ def load(compiler: str, folder: Path) -> ctypes.CDLL:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as name:
             objects = [Path(name, f"{source.stem}.o") for source in SOURCES]
-            for source, made in zip(SOURCES, objects, strict=True):
-                _run([compiler, *FLAGS, "-c", str(source), "-o", str(made)])
+            commands = [
+                [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
+                for source, made in zip(SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(_run, commands))
             # Not linked to a library of OpenMP: the functions are found in the one that torch has loaded.
             linked = Path(name, "kernels.so")
             _run([compiler, "-shared", *map(str, objects), "-o", str(linked)])

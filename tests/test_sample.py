@@ -329,9 +329,9 @@ def _files(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_files")
 def test_fuzzed_calls_end_in_pictures_or_in_one_line(command: Command, capsys: Any) -> None:
-    codes = fuzz(command, capsys, 60, seed=0)
-    assert codes[0] > 5
-    assert codes[2] > 5
+    codes = fuzz(command, capsys, 30, seed=0)
+    assert codes[0] > 1
+    assert codes[2] > 1
 
 
 @pytest.mark.slow

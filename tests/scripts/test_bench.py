@@ -343,8 +343,13 @@ def test_sampling_is_measured_and_judged(
 
 
 def test_a_student_takes_the_place_of_ours(
-    make_run: Callable[..., Path], tiny_config: dict[str, Any], tmp_path: Path, capsys: Any
+    make_run: Callable[..., Path],
+    tiny_config: dict[str, Any],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("scripts.benches.sampling.USUAL_STEPS", 8)
     run = make_run(tmp_path / "run", {**tiny_config, "resolution": 32})
     few = {"sampler": {"name": "euler"}, "sampling": {"num_steps": 1, "guidance_scale": 1.0}}
     student = {**tiny_config, **few, "resolution": 32, "student": {"guidance_scale": 2.0, "decoder": None}}
