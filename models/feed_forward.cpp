@@ -8,13 +8,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "numbers.h"
 #include "product.h"
 
-// Rows at a time; and rows whose gradients are added up on their own, before those sums are.
-constexpr int64_t TOGETHER = 60, SLICE = 1024, MOST_SLICES = 16;
+// Rows at a time.
+constexpr int64_t TOGETHER = 60;
+// Rows whose gradients are added up on their own, before those sums are; and how many such slices threads share at most.
+constexpr int64_t SLICE = 128, MOST_SLICES = 8;
 
 struct FeedForward {
     int64_t rows, width, inside;  // x and y [rows width], expand [2 inside, width], contract [width inside]
@@ -58,15 +59,17 @@ static void times(int64_t rows, int64_t depth, int64_t columns, const float *a, 
                 bias ? bias + j : nullptr, 0);
 }
 
-// c [across columns] += a^T b of a [rows across] and b [rows columns].
-static void add_products(int64_t rows, int64_t across, int64_t columns, const float *a, const float *b, float *c) {
+// c [across columns] = (c +) a^T b of a [rows across] and b [rows columns].
+static void sum_products(int64_t rows, int64_t across, int64_t columns, const float *a, const float *b, float *c,
+                         bool add) {
     for (int64_t j = 0; j < columns; j += PANEL)
-        product(across, wide(columns, j), rows, a, 1, across, b + j, columns, c + j, columns, c + j, columns);
+        product(across, wide(columns, j), rows, a, 1, across, b + j, columns, c + j, columns, add ? c + j : nullptr,
+                columns);
 }
 
-static void add_rows(int64_t rows, int64_t columns, const float *a, float *sum) {
+static void sum_rows(int64_t rows, int64_t columns, const float *a, float *sum, bool add) {
     for (int64_t j = 0; j < columns; j += LANES) {
-        Lanes some = load(sum + j);
+        Lanes some = add ? load(sum + j) : Lanes{};
         for (int64_t i = 0; i < rows; i++) some += load(a + i * columns + j);
         store(sum + j, some);
     }
@@ -121,7 +124,6 @@ extern "C" void feed_forward_gradient(const FeedForward *shape, const float *x, 
         for (int64_t slice = 0; slice < slices; slice++) {
             float *of_expand = sums + slice * s.sums(), *of_contract = of_expand + 2 * F * D;
             float *of_wide = of_expand + s.weights(), *of_bias = of_wide + 2 * F;
-            std::memset(of_expand, 0, s.sums() * sizeof(float));
             const int64_t begin = slice * s.rows / slices, end = (slice + 1) * s.rows / slices;
             for (int64_t first = begin; first < end; first += TOGETHER) {
                 const int64_t rows = std::min(TOGETHER, end - first);
@@ -131,10 +133,10 @@ extern "C" void feed_forward_gradient(const FeedForward *shape, const float *x, 
                 for (int64_t i = 0; i < rows; i++)
                     of_gate(F, both + 2 * i * F, of_gated + i * F, both + 2 * i * F, gated + i * F);
                 times(rows, 2 * F, D, both, expanded, nullptr, of_x + first * D);
-                add_products(rows, D, F, up, gated, of_contract);
-                add_products(rows, 2 * F, D, both, in, of_expand);
-                add_rows(rows, 2 * F, both, of_wide);
-                add_rows(rows, D, up, of_bias);
+                sum_products(rows, D, F, up, gated, of_contract, first > begin);
+                sum_products(rows, 2 * F, D, both, in, of_expand, first > begin);
+                sum_rows(rows, 2 * F, both, of_wide, first > begin);
+                sum_rows(rows, D, up, of_bias, first > begin);
             }
         }
 #pragma omp for

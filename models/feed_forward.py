@@ -3,7 +3,7 @@
 Between its two products a feed-forward is 12 times as wide as what it is given. `feed_forward.cpp` takes some
 rows at a time through both products and the gate, keeps nothing, and makes the first product again in the
 backward pass (as Chen et al. 2016, arXiv:1604.06174), which costs about what writing and reading its result
-would. Used by the blocks, switched on by `models.stages.compute`.
+would, where that is large. Used by the blocks, switched on by `models.stages.compute`.
 """
 
 import ctypes
@@ -17,8 +17,10 @@ from models.float8 import Linear
 from models.fused import Geglu, first_order, serves
 from models.kernels import kernels, operation, room
 
-#: What the width has to be a multiple of, and rows below which packing the weights costs more than it saves.
-STEP, LEAST_ROWS = 16, 128
+#: What the width has to be a multiple of.
+STEP = 16
+#: Numbers of the input below which what lies inside, 8 MB, stays in a cache anyway: to make it again costs more.
+LEAST = 2**18
 
 
 class Shape(ctypes.Structure):
@@ -46,13 +48,14 @@ class FeedForward(nn.Module):
         return self.contract(self.gate(self.expand(x)))
 
     def suits(self, x: Tensor) -> bool:
-        """Whether the kernels know the type, layout and width of `x`, and save something."""
+        """Whether the kernels know type, layout and width of `x` and the weights, and save something."""
         return (
             x.shape[-1] % STEP == 0
-            and x.shape[:-1].numel() >= LEAST_ROWS
+            and x.numel() >= LEAST
             and x.dtype == self.expand.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and x.is_contiguous()
+            and all(layer.weight.is_contiguous() for layer in (self.expand, self.contract))
         )
 
 
