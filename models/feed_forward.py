@@ -19,7 +19,7 @@ from models.kernels import kernels, operation, room
 
 #: What the width has to be a multiple of.
 STEP = 16
-#: Numbers of the input below which what lies inside, 8 MB, stays in a cache anyway: to make it again costs more.
+#: Numbers of the input below which what lies inside, 8 MB, stays in a cache: to make it again would cost more.
 LEAST = 2**18
 
 
