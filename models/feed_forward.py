@@ -17,9 +17,9 @@ from models.float8 import Linear
 from models.fused import Geglu, first_order, serves
 from models.kernels import kernels, operation, room
 
-#: What the width has to be a multiple of.
-STEP = 16
-#: Numbers of the input below which what lies inside, 8 MB, stays in a cache: to make it again would cost more.
+#: What the width has to be a multiple of, and the most: sums of gradients take 8 times the weights' memory.
+STEP, MOST = 16, 256
+#: Numbers of the input below which what lies inside, 8 MB, stays in a cache: making it again costs more.
 LEAST = 2**18
 
 
@@ -51,6 +51,7 @@ class FeedForward(nn.Module):
         """Whether the kernels know type, layout and width of `x` and the weights, and save something."""
         return (
             x.shape[-1] % STEP == 0
+            and x.shape[-1] <= MOST
             and x.numel() >= LEAST
             and x.dtype == self.expand.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
