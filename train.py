@@ -432,7 +432,7 @@ class Run:
                 restore_networks(stage, checkpoint)
         self.threads = self.kept_threads()
         costs = [self.cost(stage) for stage in stages]
-        self.config[THREADS_KEY] = self.threads | {cost.stage: cost.compute.threads for cost in costs}
+        self.config[THREADS_KEY] = {cost.stage: cost.compute.threads for cost in costs} | self.threads
         self.efforts = {StageName[cost.stage]: cost.effort for cost in costs}
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
@@ -505,7 +505,8 @@ class Run:
         if self.ranks.first or stage.sharding is not None:
             before = restore_compute(self.checkpoints[StageName[stage.name]])
             data = self.data_for(StageName[stage.name])
-            cost = preflight(stage, data.probe, self.session, before, self.threads.get(stage.name, 0))
+            kept = self.threads.get(stage.name) or (0 if before is None else before.threads)
+            cost = preflight(stage, data.probe, self.session, before, kept)
             if stage.sharding is None:
                 self.ranks.share([cost.compute.document(), cost.compute.reason])
             return cost
@@ -518,9 +519,8 @@ class Run:
         """CPU threads of each stage, by the preflight that began this run; none where it begins now."""
         begun = (self.newest(name) for name in StageName)
         mine = [each for each in begun if each is not None and not is_handed_over(each)]
-        return {
-            key: kept for each in mine for key, kept in each.document("config").get(THREADS_KEY, {}).items()
-        }
+        kept = (each.document("config").get(THREADS_KEY, {}) for each in mine)
+        return {name: count for each in kept for name, count in each.items() if count}
 
     def check_same(self, name: StageName, checkpoint: Checkpoint) -> None:
         """Refuses to go on from a checkpoint that was made with other settings or other data.
@@ -576,6 +576,8 @@ class Run:
         if judge.code is None:
             self.say("waiting for the judge of landscapes, which takes about a minute")
             judge.wait(JUDGE_PATIENCE)
+            if judge.code is None:
+                self.say(f"it is not done after {JUDGE_PATIENCE:g} s, and is trained for the report")
         if judge.code:
             self.say(
                 f"the judge was not trained beside (exit code {judge.code}, {self.folder / 'judge.log'})"

@@ -1,9 +1,9 @@
 """Attention, and how a CPU trains it: the scores of a few queries at a time, or of all, made again backwards.
 
 Torch's fused attention is the best there is on a GPU and where no gradient is wanted. On a CPU that trains in
-float32, `attention_float.cpp` takes two thirds to nine tenths of its time. In 16 bits torch's backward pass
-takes most of a training step; there `attention_bfloat16.cpp` serves where the processor has AVX512-BF16, and
-products of whole matrices elsewhere.
+float32, `attention_float.cpp` takes a half to nineteen twentieths of its time. In 16 bits torch's backward
+pass takes most of a training step; there `attention_bfloat16.cpp` serves where the processor has AVX512-BF16,
+and products of whole matrices elsewhere.
 
 Used by `models.blocks` and `models.text_encoder`.
 """

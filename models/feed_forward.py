@@ -18,7 +18,7 @@ from models.fused import Geglu, first_order, serves
 from models.kernels import kernels, operation, room
 
 #: What the width has to be a multiple of, and the most: sums of gradients take 8 times the weights' memory.
-STEP, MOST = 16, 256
+STEP, MOST = 16, 192
 #: Numbers of the input below which what lies inside, 8 MB, stays in a cache: making it again costs more.
 LEAST = 2**18
 
@@ -57,6 +57,7 @@ class FeedForward(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and x.is_contiguous()
             and all(layer.weight.is_contiguous() for layer in (self.expand, self.contract))
+            and all(parameter.requires_grad for parameter in self.parameters())
         )
 
 

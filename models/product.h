@@ -1,4 +1,5 @@
-// Products of matrices in float32 as the registers of a processor take them: models/linear.cpp and winograd.cpp.
+// Products of matrices in float32 as the registers of a processor take them: winograd.cpp, feed_forward.cpp and
+// attention_float.cpp.
 
 #pragma once
 

@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(options.parse_args(argv))
     name, out = given.pop("bench"), given.pop("out")
     try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)  # refused now rather than after the measurement
         findings = BENCHMARKS[name](**given)
     except (ConfigError, ValueError) as error:
         options.error(str(error))
@@ -99,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench.py: {error}", file=sys.stderr)
         return ENVIRONMENT
     except OSError as error:
-        print(f"bench.py: {error}; check that it exists, is writable and has space", file=sys.stderr)
+        hint = "; check that it exists, is writable and has space" if error.filename else ""
+        print(f"bench.py: {error}{hint}", file=sys.stderr)
         return ENVIRONMENT
     except NotEqualError as error:
         print(f"bench.py: {error}", file=sys.stderr)
@@ -108,10 +111,9 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.py: interrupted", file=sys.stderr)
         return INTERRUPTED
     print(findings.text())
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / f"{name}.json", (findings.line() + "\n").encode())
     print(findings.line(), flush=True)
+    if out is not None:
+        write_atomic(out / f"{name}.json", (findings.line() + "\n").encode())
     return 0
 
 

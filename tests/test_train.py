@@ -19,6 +19,7 @@ import evaluation.report
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
 from models.checkpoint import Checkpoint
+from models.checkpoint import newest as newest_or_none
 from models.stages import ahead, preflight
 from models.stages.callbacks import Clock
 from models.stages.compute import Compute, threads_for
@@ -111,19 +112,31 @@ def test_the_judge_is_trained_beside_where_a_core_is_idle(
     assert in_the_report == ([0] if cores == 1 else [])
 
 
-@pytest.mark.parametrize("program", ["/nowhere", "import sys; sys.exit(7)"])
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (["/nowhere"], "No such file"),
+        ([sys.executable, "-c", "import sys; sys.exit(7)"], "exit code 7"),
+        ([sys.executable, "-c", "import time; time.sleep(600)"], "not done after 0.1 s"),
+    ],
+)
 def test_a_judge_that_cannot_be_trained_beside_is_trained_for_the_report(
-    program: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    program: list[str], said: str, place: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = (program,) if program == "/nowhere" else (sys.executable, "-c", program)
-    monkeypatch.setattr(train, "JUDGE", words)
+    monkeypatch.setattr(train, "JUDGE", program)
+    monkeypatch.setattr(train, "JUDGE_PATIENCE", 0.1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(evaluation.report, "train_judge", lambda seed, progress: (AdherenceJudge(), {}))
-    folder = f"misjudged-{len(words)}"
+    folder = f"misjudged-{len(said)}"
     assert command("train", *WORDS, f"folder={folder}") == 0
-    told = capsys.readouterr().out
-    assert ("No such file" if len(words) == 1 else "exit code 7") in told
+    assert said in capsys.readouterr().out
     assert (place / folder / "judge" / "judge.json").exists()
+
+
+def newest(folder: Path) -> Checkpoint:
+    found = newest_or_none(folder)
+    assert found is not None
+    return found
 
 
 def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,13 +156,15 @@ def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: p
         assert command("train", *words) == 0
         assert set(seen) == {2}
         run = place / "threads" / "tiny"
-        state = Checkpoint(sorted((run / "diffusion" / "checkpoints").glob("images-*"))[-1]).document("state")
+        state = newest(run / "diffusion" / "checkpoints").document("state")
         assert state["compute"]["threads"] == 2
         shutil.rmtree(run / "diffusion")  # as if it was stopped between the stages
         seen.clear()
         decided["flops"] = 0.0
         assert command("train", *words, "resume=true") == 0
         assert set(seen) == {2}
+        config = newest(run / "diffusion" / "checkpoints").document("config")
+        assert config["threads"]["diffusion"] == 2
     finally:
         torch.set_num_threads(1)
 

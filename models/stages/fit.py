@@ -103,8 +103,9 @@ def fit(work: Work, session: Session) -> None:
             # This rank may have fewer cores than the one that decided.
             with on_threads(min(stage.compute.threads, torch.get_num_threads())):
                 trainer = _train(work, session, callbacks, saver)
+                if stage.images_seen >= stage.plan.images:
+                    work.finish()  # whose figures the next stage's weights depend on
             if stage.images_seen >= stage.plan.images:
-                work.finish()
                 validation.run(trainer)
                 saver.save(trainer.optimizers[0], validation.figures, wait=True)
                 if evaluating is not None:
