@@ -43,7 +43,6 @@ from models.loading import (
     MODEL_KEYS,
     PICTURING,
     STUDENT_KEY,
-    THREADS_KEY,
     build_decoder,
     build_networks,
     load_pipeline,
@@ -94,6 +93,8 @@ PRECOMPUTE = EVALUATE.with_name("precompute.py")
 JUDGE = (sys.executable, str(EVALUATE.with_name("judge.py")), "--nice=10")
 #: Seconds that a finished training waits for it; training it anew takes about 60.
 JUDGE_PATIENCE = 120.0
+#: What a run's configuration says of each stage's CPU threads, as the preflight decided that began it.
+THREADS_KEY = "threads"
 #: Held-out pictures made for the report, and training pictures the latents' normalisation is measured on.
 REPORT_PICTURES = 256
 NORMALISATION_IMAGES = 1_024
@@ -430,9 +431,9 @@ class Run:
             self.spread(stage)
             if checkpoint is not None:
                 restore_networks(stage, checkpoint)
-        self.threads = self.kept_threads()
+        self.config[THREADS_KEY] = kept = self.kept_threads()
         costs = [self.cost(stage) for stage in stages]
-        self.config[THREADS_KEY] = {cost.stage: cost.compute.threads for cost in costs} | self.threads
+        self.config[THREADS_KEY] = {cost.stage: cost.compute.threads for cost in costs} | kept
         self.efforts = {StageName[cost.stage]: cost.effort for cost in costs}
         if costs and self.ranks.first:
             show(costs, require_disk(self.folder, costs))
@@ -505,7 +506,7 @@ class Run:
         if self.ranks.first or stage.sharding is not None:
             before = restore_compute(self.checkpoints[StageName[stage.name]])
             data = self.data_for(StageName[stage.name])
-            kept = self.threads.get(stage.name) or (0 if before is None else before.threads)
+            kept = self.config[THREADS_KEY].get(stage.name) or (0 if before is None else before.threads)
             cost = preflight(stage, data.probe, self.session, before, kept)
             if stage.sharding is None:
                 self.ranks.share([cost.compute.document(), cost.compute.reason])

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.fused import first_order, in_training, serves
+from models.fused import SUFFIX, first_order, in_training, serves
 from models.kernels import kernels, operation
 
 # Written out, training is 4 to 10 times faster on 64 tokens and 1.4 times on 256, but all Lq x Lk scores are
 # there at once. Forward alone fused is faster.
 EXPLICIT_MAX = 1024 * 1024
-_KERNELS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, native: bool = False) -> Tensor:
@@ -32,7 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, na
     see at least one key. With `native`, for which a machine must have `has_tiles`, a CPU trains by kernels of
     its own.
     """
-    if native and query.dtype in _KERNELS and serves(query) and fits(query, key, value):
+    if native and query.dtype in SUFFIX and serves(query) and fits(query, key, value):
         return TiledAttention.apply(query, key, value, mask)
     small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
     if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
@@ -111,7 +110,7 @@ class Heads(ctypes.Structure):
 
 def has_tiles(dtype: torch.dtype) -> bool:
     """Whether this machine has the kernels of `TiledAttention` for numbers of type `dtype`."""
-    return dtype in _KERNELS and hasattr(kernels(), f"attention_forward_{_KERNELS[dtype]}")
+    return dtype in SUFFIX and hasattr(kernels(), f"attention_forward_{SUFFIX[dtype]}")
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +156,7 @@ def _call(name: str, lie: tuple[Tensor, ...], mask: Tensor | None, *given: Tenso
     steps = [step for each in lie for step in each.stride()[:3]]
     shape = Heads(*sizes, *steps, *((0, 0, 0, 0) if mask is None else mask.stride()))
     addresses = [None if each is None else ctypes.c_void_p(each.data_ptr()) for each in given]
-    function = getattr(kernels(), f"{name}_{_KERNELS[query.dtype]}")
+    function = getattr(kernels(), f"{name}_{SUFFIX[query.dtype]}")
     function(ctypes.byref(shape), *addresses, ctypes.c_int(torch.get_num_threads()))
 
 

@@ -118,7 +118,7 @@ constexpr float LOG2E = 1.44269504f;
 
 // `level` [batch heads queries] is the logarithm to the base 2 of the sum of each row's exponentials.
 extern "C" void attention_forward_bfloat16(const Heads *shape, const Half *query, const Half *key, const Half *value,
-                                  const uint8_t *mask, Half *out, float *level, int threads) {
+                                           const uint8_t *mask, Half *out, float *level, int threads) {
     const Heads s = *shape;
     const int64_t keys = rounded(s.keys, COLUMNS), wide = rounded(s.width, COLUMNS), packed = keys * wide / 2;
     const __m512 by = _mm512_set1_ps(LOG2E / std::sqrt(float(s.width)));
@@ -163,8 +163,8 @@ extern "C" void attention_forward_bfloat16(const Heads *shape, const Half *query
 
 // The gradients of query, key and value from that of the output.
 extern "C" void attention_backward_bfloat16(const Heads *shape, const Half *query, const Half *key, const Half *value,
-                                   const uint8_t *mask, const float *level, const Half *of_out,
-                                   Half *of_query, Half *of_key, Half *of_value, int threads) {
+                                            const uint8_t *mask, const float *level, const Half *of_out,
+                                            Half *of_query, Half *of_key, Half *of_value, int threads) {
     const Heads s = *shape;
     const int64_t keys = rounded(s.keys, COLUMNS), wide = rounded(s.width, COLUMNS), packed = keys * wide / 2;
     const float scale = 1.0f / std::sqrt(float(s.width));

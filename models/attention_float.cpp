@@ -16,7 +16,6 @@ constexpr int64_t QUERIES = 48;  // at a time
 INLINE int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 // From a row of scores to the next; a power of two would fall on the same lines of a cache.
 INLINE int64_t apart(int64_t keys) { return padded(keys) + LANES; }
-INLINE int64_t wide(int64_t columns, int64_t from) { return std::min(PANEL, columns - from); }
 
 // Rows [rows width], zeros up to `into`.
 static void copy_rows(const float *from, int64_t stride, int64_t rows, int64_t width, int64_t into, float *to) {
@@ -46,22 +45,6 @@ static void across_rows(const float *from, int64_t stride, int64_t rows, int64_t
     }
 }
 
-// c [rows columns] = a [rows depth] times panels.
-INLINE void times(int64_t rows, int64_t depth, int64_t columns, const float *a, int64_t a_row, const float *panels,
-                  float *c, int64_t c_row) {
-    for (int64_t j = 0; j < columns; j += PANEL)
-        product(rows, wide(columns, j), depth, a, a_row, 1, panels + j * depth, wide(columns, j), c + j, c_row, nullptr,
-                0);
-}
-
-// c [across columns] = (c +) a^T b of a [rows across] and b [rows columns].
-INLINE void across(int64_t rows, int64_t across, int64_t columns, const float *a, int64_t a_row, const float *b,
-                   float *c, bool add) {
-    for (int64_t j = 0; j < columns; j += PANEL)
-        product(across, wide(columns, j), rows, a, 1, a_row, b + j, columns, c + j, columns, add ? c + j : nullptr,
-                columns);
-}
-
 // exp(by * x - level), 0 for what may not be seen.
 INLINE float share_of(float x, float by, float level) {
     const float power = std::fma(by, x, -level);
@@ -85,7 +68,7 @@ extern "C" void attention_forward_float(const Heads *shape, const float *query, 
         for (int64_t q = 0; q < s.queries; q += QUERIES) {
             const int64_t rows = std::min(QUERIES, s.queries - q);
             times(rows, s.width, padded(s.keys), query + begin(s.query, b, h) + q * s.query.row, s.query.row, keyed,
-                  scores, row);
+                  nullptr, scores, row);
             hide(s, masked(s, mask, b, h, q), rows, row, scores);
             float factor[QUERIES];
             for (int64_t i = 0; i < rows; i++) {
@@ -98,7 +81,7 @@ extern "C" void attention_forward_float(const Heads *shape, const float *query, 
                 factor[i] = 1.0f / sum;
                 level[each * s.queries + q + i] = top + std::log(sum);
             }
-            times(rows, s.keys, width, scores, row, valued, found, width);
+            times(rows, s.keys, width, scores, row, valued, nullptr, found, width);
             float *to = out + begin(s.out, b, h) + q * s.out.row;
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = 0; j < s.width; j++) to[i * s.out.row + j] = found[i * width + j] * factor[i];
@@ -130,8 +113,8 @@ extern "C" void attention_backward_float(const Heads *shape, const float *query,
             const int64_t rows = std::min(QUERIES, s.queries - q);
             copy_rows(query + begin(s.query, b, h) + q * s.query.row, s.query.row, rows, s.width, width, asked);
             copy_rows(of_out + begin(s.out, b, h) + q * s.out.row, s.out.row, rows, s.width, width, up);
-            times(rows, s.width, padded(s.keys), asked, width, keyed, shares, row);
-            times(rows, s.width, padded(s.keys), up, width, valued, slopes, row);
+            times(rows, s.width, padded(s.keys), asked, width, keyed, nullptr, shares, row);
+            times(rows, s.width, padded(s.keys), up, width, valued, nullptr, slopes, row);
             hide(s, masked(s, mask, b, h, q), rows, row, shares);
             for (int64_t i = 0; i < rows; i++) {
                 float *share = shares + i * row, *slope = slopes + i * row, mean = 0.0f;
@@ -144,11 +127,12 @@ extern "C" void attention_backward_float(const Heads *shape, const float *query,
 #pragma omp simd
                 for (int64_t j = 0; j < s.keys; j++) slope[j] = by * share[j] * (slope[j] - mean);
             }
-            times(rows, s.keys, width, slopes, row, key_rows, made, width);
+            times(rows, s.keys, width, slopes, row, key_rows, nullptr, made, width);
             float *to = of_query + begin(s.query, b, h) + q * s.query.row;
-            for (int64_t i = 0; i < rows; i++) std::memcpy(to + i * s.query.row, made + i * width, s.width * sizeof(float));
-            across(rows, s.keys, width, slopes, row, asked, key_sum, q > 0);
-            across(rows, s.keys, width, shares, row, up, value_sum, q > 0);
+            for (int64_t i = 0; i < rows; i++)
+                std::memcpy(to + i * s.query.row, made + i * width, s.width * sizeof(float));
+            sum_products(rows, s.keys, width, slopes, row, asked, key_sum, q > 0);
+            sum_products(rows, s.keys, width, shares, row, up, value_sum, q > 0);
         }
         float *to_key = of_key + begin(s.key, b, h), *to_value = of_value + begin(s.value, b, h);
         for (int64_t i = 0; i < s.keys; i++) {

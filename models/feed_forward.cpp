@@ -1,7 +1,7 @@
 // The feed-forward of a transformer in float32 and its gradients, some rows at a time: models/feed_forward.py.
 //
-// y = gate(x expand^T + wide) contract^T + narrow, gate being GEGLU. What lies between the two products is 12 times as
-// large as x; of some rows it stays in the cache next to a thread, and the backward pass makes it again. Rows are dense,
+// y = gate(x expand^T + wide) contract^T + narrow, gate being GEGLU. What lies between the two products is 12 times
+// as large as x; of some rows it stays in the cache next to a thread, and the backward pass makes it again. Rows are dense,
 // widths multiples of 16. The weights are packed, in each call, into panels as wide as the registers of a product.
 
 #include <omp.h>
@@ -14,7 +14,7 @@
 
 // Rows at a time.
 constexpr int64_t TOGETHER = 60;
-// Rows whose gradients are added up on their own, before those sums are; and how many such slices threads share at most.
+// Rows whose gradients are added up on their own, before those sums are; and such slices at most.
 constexpr int64_t SLICE = 128, MOST_SLICES = 8;
 
 struct FeedForward {
@@ -25,8 +25,6 @@ struct FeedForward {
     int64_t between() const { return TOGETHER * 4 * inside; }        // of some rows: both halves, gate, its gradient
     int64_t slices() const { return std::clamp<int64_t>(rows / SLICE, 1, MOST_SLICES); }
 };
-
-static int64_t wide(int64_t columns, int64_t from) { return std::min(PANEL, columns - from); }
 
 // Weights [columns depth] for rows times weights^T: panels [columns/PANEL depth PANEL].
 static void pack_transposed(int64_t depth, int64_t columns, const float *weight, float *panels) {
@@ -49,22 +47,6 @@ static void pack(int64_t depth, int64_t columns, const float *weight, float *pan
         for (int64_t d = 0; d < depth; d++)
             for (int64_t j = 0; j < wide(columns, c); j += LANES)
                 store(panels + c * depth + d * wide(columns, c) + j, load(weight + d * columns + c + j));
-}
-
-// c [rows columns] = a [rows depth] times packed weights, plus a bias or none.
-static void times(int64_t rows, int64_t depth, int64_t columns, const float *a, const float *panels, const float *bias,
-                  float *c) {
-    for (int64_t j = 0; j < columns; j += PANEL)
-        product(rows, wide(columns, j), depth, a, depth, 1, panels + j * depth, wide(columns, j), c + j, columns,
-                bias ? bias + j : nullptr, 0);
-}
-
-// c [across columns] = (c +) a^T b of a [rows across] and b [rows columns].
-static void sum_products(int64_t rows, int64_t across, int64_t columns, const float *a, const float *b, float *c,
-                         bool add) {
-    for (int64_t j = 0; j < columns; j += PANEL)
-        product(across, wide(columns, j), rows, a, 1, across, b + j, columns, c + j, columns, add ? c + j : nullptr,
-                columns);
 }
 
 static void sum_rows(int64_t rows, int64_t columns, const float *a, float *sum, bool add) {
@@ -98,9 +80,9 @@ extern "C" void feed_forward(const FeedForward *shape, const float *x, const flo
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < s.rows; first += TOGETHER) {
             const int64_t rows = std::min(TOGETHER, s.rows - first);
-            times(rows, D, 2 * F, x + first * D, expanding, wide_bias, both);
+            times(rows, D, 2 * F, x + first * D, D, expanding, wide_bias, both, 2 * F);
             for (int64_t i = 0; i < rows; i++) gate(F, both + 2 * i * F, gated + i * F);
-            times(rows, F, D, gated, contracting, bias, y + first * D);
+            times(rows, F, D, gated, F, contracting, bias, y + first * D, D);
         }
     }
 }
@@ -128,13 +110,13 @@ extern "C" void feed_forward_gradient(const FeedForward *shape, const float *x, 
             for (int64_t first = begin; first < end; first += TOGETHER) {
                 const int64_t rows = std::min(TOGETHER, end - first);
                 const float *in = x + first * D, *up = of_y + first * D;
-                times(rows, D, 2 * F, in, expanding, wide_bias, both);
-                times(rows, D, F, up, contracted, nullptr, of_gated);
+                times(rows, D, 2 * F, in, D, expanding, wide_bias, both, 2 * F);
+                times(rows, D, F, up, D, contracted, nullptr, of_gated, F);
                 for (int64_t i = 0; i < rows; i++)
                     of_gate(F, both + 2 * i * F, of_gated + i * F, both + 2 * i * F, gated + i * F);
-                times(rows, 2 * F, D, both, expanded, nullptr, of_x + first * D);
-                sum_products(rows, D, F, up, gated, of_contract, first > begin);
-                sum_products(rows, 2 * F, D, both, in, of_expand, first > begin);
+                times(rows, 2 * F, D, both, 2 * F, expanded, nullptr, of_x + first * D, D);
+                sum_products(rows, D, F, up, D, gated, of_contract, first > begin);
+                sum_products(rows, 2 * F, D, both, 2 * F, in, of_expand, first > begin);
                 sum_rows(rows, 2 * F, both, of_wide, first > begin);
                 sum_rows(rows, D, up, of_bias, first > begin);
             }

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from models.kernels import Shape, kernels, operation
 
-_SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+#: What the kernels for a type of numbers are called.
+SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels may compute on `x`, where `native` says that they are there."""
-    return x.device.type == "cpu" and x.dtype in _SUFFIX and in_training() and is_plain(x)
+    return x.device.type == "cpu" and x.dtype in SUFFIX and in_training() and is_plain(x)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -246,7 +247,7 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
         ctypes.c_int(each) if isinstance(each, bool) else each
         for each in arguments
     ]  # fmt: skip
-    getattr(library, f"{name}_{_SUFFIX[like.dtype]}")(*given, ctypes.c_int(torch.get_num_threads()))
+    getattr(library, f"{name}_{SUFFIX[like.dtype]}")(*given, ctypes.c_int(torch.get_num_threads()))
 
 
 operation(

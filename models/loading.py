@@ -45,8 +45,6 @@ MODEL_KEYS = (
 )
 #: What a student's configuration has besides: `guidance_scale` and `decoder`, built in by distillation.
 STUDENT_KEY = "student"
-#: CPU threads of each stage, by its name, as the preflight decided that began the run.
-THREADS_KEY = "threads"
 #: Stages whose checkpoints make pictures of prompts; a run that has both is sampled as the first says.
 PICTURING = ("distillation", "diffusion")
 EXPORT_FORMAT = "firstlight-1"

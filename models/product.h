@@ -67,6 +67,25 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const float *a
     }
 }
 
+// Columns of the panel that begins at `from`.
+static inline int64_t wide(int64_t columns, int64_t from) { return std::min(PANEL, columns - from); }
+
+// c [rows columns] = a [rows depth] times panels [columns/PANEL depth PANEL], plus a bias or none.
+static inline void times(int64_t rows, int64_t depth, int64_t columns, const float *a, int64_t a_row,
+                         const float *panels, const float *bias, float *c, int64_t c_row) {
+    for (int64_t j = 0; j < columns; j += PANEL)
+        product(rows, wide(columns, j), depth, a, a_row, 1, panels + j * depth, wide(columns, j), c + j, c_row,
+                bias ? bias + j : nullptr, 0);
+}
+
+// c [across columns] = (c +) a^T b of a [rows across] and b [rows columns].
+static inline void sum_products(int64_t rows, int64_t across, int64_t columns, const float *a, int64_t a_row,
+                                const float *b, float *c, bool add) {
+    for (int64_t j = 0; j < columns; j += PANEL)
+        product(across, wide(columns, j), rows, a, 1, a_row, b + j, columns, c + j, columns, add ? c + j : nullptr,
+                columns);
+}
+
 static inline void transpose(Lanes (&square)[LANES]) {
     float from[LANES][LANES], to[LANES][LANES];
     std::memcpy(from, square, sizeof(from));

@@ -231,11 +231,8 @@ extern "C" void winograd_convolve(const Convolution *of, const float *x, const f
             const int64_t count = std::min(at_once, all - first);
             for (int64_t t = 0; t < count; t++) factors_of(shape, Tile(shape, first + t), x, C, factors, t, plane_in);
             for (int k = 0; k < 36; k++)
-                for (int64_t o = 0; o < N; o += PANEL) {
-                    const int64_t wide = std::min(PANEL, N - o);
-                    product(count, wide, C, factors + k * plane_in, C, 1, room + k * shape.kernel_plane() + o * C, wide,
-                            products + k * plane_out + o, N, nullptr, 0);
-                }
+                times(count, C, N, factors + k * plane_in, C, room + k * shape.kernel_plane(), nullptr,
+                      products + k * plane_out, N);
             for (int64_t t = 0; t < count; t++)
                 outputs_of(shape, Tile(shape, first + t), products, t, plane_out, bias, N, y);
         }

@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 import evaluation.report
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
-from models.checkpoint import Checkpoint
-from models.checkpoint import newest as newest_or_none
 from models.stages import ahead, preflight
 from models.stages.callbacks import Clock
 from models.stages.compute import Compute, threads_for
@@ -133,10 +131,10 @@ def test_a_judge_that_cannot_be_trained_beside_is_trained_for_the_report(
     assert (place / folder / "judge" / "judge.json").exists()
 
 
-def newest(folder: Path) -> Checkpoint:
-    found = newest_or_none(folder)
-    assert found is not None
-    return found
+def document(run: Path, name: str) -> Any:
+    """What the newest checkpoint of the diffusion stage says."""
+    newest = max((run / "diffusion" / "checkpoints").glob("images-*"))
+    return json.loads((newest / f"{name}.json").read_text())
 
 
 def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,15 +154,13 @@ def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: p
         assert command("train", *words) == 0
         assert set(seen) == {2}
         run = place / "threads" / "tiny"
-        state = newest(run / "diffusion" / "checkpoints").document("state")
-        assert state["compute"]["threads"] == 2
+        assert document(run, "state")["compute"]["threads"] == 2
         shutil.rmtree(run / "diffusion")  # as if it was stopped between the stages
         seen.clear()
         decided["flops"] = 0.0
         assert command("train", *words, "resume=true") == 0
         assert set(seen) == {2}
-        config = newest(run / "diffusion" / "checkpoints").document("config")
-        assert config["threads"]["diffusion"] == 2
+        assert document(run, "config")["threads"]["diffusion"] == 2
     finally:
         torch.set_num_threads(1)
 
@@ -374,9 +370,7 @@ def test_pictures_are_encoded_ahead_where_that_is_asked_for(
     told = capsys.readouterr().out
     assert "encoded once, ahead of the steps" in told
     assert (run / "moments" / "precomputed.json").exists()
-    newest = max((run / "diffusion" / "checkpoints").glob("images-*"))
-    state = json.loads((newest / "state.json").read_text())
-    assert state["data"]["plan"] == {"moments": "stored"}
+    assert document(run, "state")["data"]["plan"] == {"moments": "stored"}
     lines = [(each / "diffusion" / "metrics.jsonl").read_text().splitlines() for each in (run, first)]
     losses, wanted = ([json.loads(line)["val_loss"] for line in each] for each in lines)
     assert losses == pytest.approx(wanted, rel=1e-3)
