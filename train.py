@@ -33,6 +33,7 @@ from conf.schema import StageName, make, plain
 from data.batch import Batch
 from data.datamodule import DataModule, Precompute, ShardData, changes
 from data.index import DataError
+from data.loader import start_server
 from data.moments import MomentsDataset
 from data.progress import Progress
 from data.shards import ShardDataset
@@ -132,6 +133,8 @@ def train(config: DictConfig) -> None:
         if ranks.size > 1:
             run.say(f"{ranks.size} ranks with one configuration, SHA-256 {same[:16]}")
         run.open_data()
+        if run.data.workers:
+            start_server()
         stages = run.prepare()
         judge = run.train_judge(stages)
         if judge is not None:

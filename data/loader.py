@@ -209,6 +209,14 @@ def _end_with(main: BaseProcess) -> None:
     os._exit(1)
 
 
+def start_server() -> None:
+    """Starts what workers are forked from, which imports for seconds while this process does other things.
+
+    The first loader with workers does so otherwise, and waits.
+    """
+    _context()
+
+
 def _context() -> BaseContext:
     """Returns how workers are started: by a fork server where there is one, else spawned."""
     if sys.platform == "win32":

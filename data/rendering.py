@@ -4,13 +4,20 @@ What is drawn is the caller's: a function `(seed, index, resolution) -> (key, fi
 other processes import it by name. Beside the shards lies a plan, a small JSON of all that the bytes depend
 on; a folder that holds something else is refused, and a stopped run goes on where it was.
 Use: `write_rendered(folder, sample, RenderPlan("landscapes", 1, seed, 64, 1024), count=20_000, workers=2)`.
+
+Other processes are `python -m data.rendering`, with their share of the work pickled on stdin, and print what
+they finish. Those of multiprocessing would import the caller's main module first, which for `train.py` takes
+five seconds of a core each; this one's imports take a third of a second.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.shard_index import DataError, current_index, write_atomic
@@ -18,6 +25,11 @@ from data.writer import write_shard
 
 #: (seed, index, resolution) -> (key, {field: bytes}).
 MakeSample = Callable[[int, int, int], tuple[str, dict[str, bytes]]]
+#: A shard's path, and the indices of its samples.
+Job = tuple[Path, range]
+_ROOT = Path(__file__).resolve().parents[1]
+#: What a process's line begins with that says why it ends; other lines are numbers of samples.
+_FAILED = "!"
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,16 @@ def write_rendered(
     """The shards `000000.tar` ... written to `folder`: samples 0 to `count` - 1 of the plan's seed.
 
     `workers` processes write whole shards; 0 writes them in this process. The bytes do not depend on it. A
-    shard that is there with a valid index is kept, so a stopped run goes on where it was. `progress` is
-    called with the number of samples of every shard that is finished. Raises DataError where the folder holds
+    shard that is there with a valid index is kept, so a stopped run goes on where it was, with shards of the
+    size that it began with. `progress` is called with the number of samples of every shard that is finished. Raises DataError where the folder holds
     anything else, ValueError for a count or shard size below 1.
     """
     size = plan.shard_size
     if count < 1 or size < 1:
         raise ValueError(f"write_{plan.name}: count {count} and shard_size {size} must be 1 or more")
     folder.mkdir(parents=True, exist_ok=True)
+    size = _begun_with(folder, plan)
+    plan = replace(plan, shard_size=size)
     jobs = [
         (folder / f"{number:06d}.tar", range(start, min(start + size, count)))
         for number, start in enumerate(range(0, count, size))
@@ -66,16 +80,64 @@ def write_rendered(
             report(len(indices))
         else:
             todo.append((path, indices))
-    if min(workers, len(todo)) < 2:  # starting a process takes seconds
+    if min(workers, len(todo)) < 2:
         for path, indices in todo:
             report(_write(path, sample, plan, indices))
     else:
-        # Spawned, not forked: the caller may hold threads of torch, which a fork would leave locked.
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
-            pending = [pool.submit(_write, path, sample, plan, indices) for path, indices in todo]
-            for done in as_completed(pending):
-                report(done.result())
+        shares = [todo[start::workers] for start in range(min(workers, len(todo)))]
+        for finished in _written_elsewhere(sample, plan, shares):
+            report(finished)
     return [path for path, _ in jobs]
+
+
+def _written_elsewhere(
+    sample: MakeSample, plan: RenderPlan, shares: Sequence[Sequence[Job]]
+) -> Iterator[int]:
+    """Yields the samples of each shard that one of the processes, one a share, has written.
+
+    Raises OSError where one of them cannot write or dies; the others are stopped then.
+    """
+    reading, writing = os.pipe()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with open(reading) as said:
+            try:
+                for share in shares:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=writing, cwd=_ROOT
+                    )
+                    processes.append(process)
+                    jobs = [(path.absolute(), indices) for path, indices in share]
+                    with process.stdin as work:  # type: ignore[union-attr] # asked for above
+                        pickle.dump((sample, plan, jobs), work)
+            finally:
+                os.close(writing)  # so that what they say ends when all of them have
+            for line in said:
+                if line.startswith(_FAILED):
+                    raise OSError(line.removeprefix(_FAILED).strip())
+                yield int(line)
+        for process in processes:
+            if code := process.wait():
+                raise OSError(f"a process that renders (pid {process.pid}) ended with exit code {code}")
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+
+
+def _main() -> None:
+    """Writes the shards that stdin names, and prints how many samples each has once it is there."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # and what is half done goes away
+    sample, plan, jobs = pickle.load(sys.stdin.buffer)
+    try:
+        for path, indices in jobs:
+            print(_write(path, sample, plan, indices), flush=True)
+    except BrokenPipeError:
+        os._exit(5)  # whoever wanted them is gone, and cannot be told
+    except OSError as error:
+        print(f"{_FAILED} {error}", flush=True)
+        sys.exit(5)
 
 
 def _write(path: Path, sample: MakeSample, plan: RenderPlan, indices: range) -> int:
@@ -94,6 +156,16 @@ def _finished(path: Path, count: int) -> bool:
         return current_index(path).count == count
     except DataError:
         return False
+
+
+def _begun_with(folder: Path, plan: RenderPlan) -> int:
+    """The shard size of what `folder` holds, if that is this plan's in all else; else the plan's own."""
+    path = folder / f"{plan.name}.json"
+    if not path.exists():
+        return plan.shard_size
+    found = json.loads(path.read_text())
+    size = found.get("shard_size", plan.shard_size)
+    return int(size) if found == plan.record() | {"shard_size": size} else plan.shard_size
 
 
 def _check_plan(folder: Path, plan: RenderPlan, names: set[str]) -> None:
@@ -115,3 +187,7 @@ def _check_plan(folder: Path, plan: RenderPlan, names: set[str]) -> None:
             f"{folder}: holds {len(others)} shards more than asked for, such as {others[0]}; delete them"
         )
     write_atomic(path, (json.dumps(wanted) + "\n").encode())
+
+
+if __name__ == "__main__":
+    _main()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.blocks import Downsample, ResidualBlock, SpatialSelfAttention, Upsample
 from models.fused import GroupNorm
+from models.winograd import Conv2d
 
 NORM_EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(channels) - 1)
-        self.conv_in = nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
         widths = [channels[0], *channels]
         self.down = nn.ModuleList(
             EncoderLevel(widths[i], widths[i + 1], blocks, norm_groups, last=i == len(channels) - 1)
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
         )
         self.middle = Middle(channels[-1], norm_groups, attend)
         self.norm_out = GroupNorm(norm_groups, channels[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], out_channels, 3, padding=1)
         self.linear = nn.Conv2d(3 * self.factor**2, out_channels, 1) if linear_path else None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,14 +128,14 @@ class Decoder(nn.Module):
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(channels) - 1)
         widths = [channels[-1], *reversed(channels)]
-        self.conv_in = nn.Conv2d(in_channels, channels[-1], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels[-1], 3, padding=1)
         self.middle = Middle(channels[-1], norm_groups, attend)
         self.up = nn.ModuleList(
             DecoderLevel(widths[i], widths[i + 1], blocks + 1, norm_groups, last=i == len(channels) - 1)
             for i in range(len(channels))
         )
         self.norm_out = GroupNorm(norm_groups, channels[0], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
+        self.conv_out = Conv2d(channels[0], 3 * patch_size**2, 3, padding=1)
         self.linear = nn.Conv2d(in_channels, 3 * self.factor**2, 3, padding=1) if linear_path else None
 
     def forward(self, features: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Group norm with SiLU, and GEGLU, each in one pass over memory where a CPU trains.
 
 Both modules compute by torch's own operations, which every device, transform and compiler knows. With
-`native` set, on a CPU, while gradients are wanted, they compute by `models.kernels` instead: to rounding the
-same, with fewer passes, and without keeping what lies in between (the backward pass makes it again from the
-input). Switched on by `models.stages.compute`, where the kernels are there.
+`native` set, on a CPU, they compute by `models.kernels` instead: to rounding the same, with fewer passes,
+and without keeping what lies in between (the backward pass makes it again from the input). Switched on by
+`models.stages.compute`, where the kernels are there.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels may compute on `x`, where `native` says that they are there."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and in_training() and is_plain(x)
+    return x.device.type == "cpu" and x.dtype in SUFFIX and asks_no_more() and is_plain(x)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -32,13 +32,14 @@ def is_plain(x: Tensor) -> bool:
 
 def in_training() -> bool:
     """Whether all that is wanted are first derivatives by the backward pass."""
+    return torch.is_grad_enabled() and asks_no_more()
+
+
+def asks_no_more() -> bool:
+    """Whether no more is wanted than values, or first derivatives by the backward pass."""
     if torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return (
-        torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+        return torch.is_grad_enabled()  # without gradients a compiler fuses what the kernels do itself
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
 def first_order() -> None:

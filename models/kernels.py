@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch import library as operations
 
-_NAMES = ("kernels", "winograd", "feed_forward", "attention_float", "attention_bfloat16")
+_NAMES = ("kernels", "winograd", "feed_forward", "attention_float", "attention_bfloat16", "muon")
 SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "product", "heads"))
 #: Neither flag lets numbers that are not finite pass for others, which the guard of the training looks for.

@@ -66,6 +66,7 @@ class AutoencoderStage(LightningModule):
             for network in (self.networks, self.ema.network):
                 compute.place(network)
         compute.set_blocks(self.networks)
+        compute.set_kernels(self.ema.network)
         self._encode = compute.wrap(self.autoencoder.encode)
         self._decode = compute.wrap(self.autoencoder.decode)
 
@@ -118,7 +119,7 @@ class AutoencoderStage(LightningModule):
         means = []
         for batch in batches:
             with self.compute.autocast():
-                moments = network.encode(batch.to(self.compute.device).images)
+                moments = network.encode(self.compute.lay_out(batch.to(self.compute.device).images))
             means.append(moments.float().chunk(2, 1)[0].movedim(1, 0).flatten(1))
         values = torch.cat(means, 1)
         for each in (network, self.autoencoder):
@@ -130,7 +131,7 @@ class AutoencoderStage(LightningModule):
         return network
 
     def _reconstruct(self, network: Autoencoder, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = batch.to(self.compute.device).images
+        images = self.compute.lay_out(batch.to(self.compute.device).images)
         with self.compute.autocast():
             decoded = network.decode(network.mode(network.encode(images).float()))
         return images, decoded.float()

@@ -191,7 +191,7 @@ class Compute:
     #: The linear layers of transformers multiply in 8 bits while they are trained.
     fp8: bool = False
     #: Norms, gates, the blocks' attention and, not compiled, 3x3 convolutions and feed-forwards go through
-    #: the machine's own kernels in training.
+    #: the machine's own kernels, in what is trained and in what a training has besides.
     native: bool = False
     #: CPU threads of each process in training; 0 is as many as torch has.
     threads: int = 0
@@ -239,17 +239,22 @@ class Compute:
         if compiled:
             # One compiled program serves blocks of one kind and shape; there may be as many as blocks.
             allow_shapes(len(blocks))
-        native = self.native and kernels() is not None  # on a rank without a compiler there are none
+        self.set_kernels(networks)
         for module in networks.modules():
             if isinstance(module, Linear):
                 module.float8 = self.fp8
+        for block in blocks:
+            block.recompute = self.recompute
+            block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
+
+    def set_kernels(self, networks: nn.Module) -> None:
+        """Lets every layer of `networks`, trained or not, go through the machine's own kernels or torch's."""
+        native = self.native and kernels() is not None  # on a rank without a compiler there are none
+        for module in networks.modules():
             if isinstance(module, GroupNorm | Geglu | Conv2d | FeedForward):
                 module.native = native
             if isinstance(module, Attention):
                 module.native = native and has_tiles(torch.bfloat16 if self.bf16 else torch.float32)
-        for block in blocks:
-            block.recompute = self.recompute
-            block.compiled = torch.compile(block.run, dynamic=False) if compiled else None
 
     @property
     def _format(self) -> torch.memory_format:
@@ -323,7 +328,9 @@ def decide(
     """The way to compute the training steps of a stage on this machine, and seconds a step.
 
     It is what `choose` says. Compiling the networks is tried on a CPU where the run is long enough to earn
-    back the minutes it takes, and kept where it is faster; not under `reduce=tree`, which promises bits.
+    back the minutes it takes, and kept where it is faster; not under `reduce=tree`, which promises bits. What
+    is not compiled is timed again before and after, so that a moment in which the machine was busy does not
+    decide.
 
     Args:
         options: what the user fixed.
@@ -342,12 +349,15 @@ def decide(
         and not (before is not None and _is_kept(options, before))
         and any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     )
-    timed = [(step_seconds(way), way)]
-    if may_compile and timed[0][0] * steps > COMPILE_PAYS_AFTER:
-        compiled = replace(way, compiled=True)
-        timed.append((step_seconds(compiled), compiled))
-    seconds, best = min(timed, key=lambda pair: pair[0])
-    how = f"fastest of {len(timed)} timed" if len(timed) > 1 else "timed once"
+    seconds, best, how = step_seconds(way), way, "timed once"
+    if may_compile and seconds * steps > COMPILE_PAYS_AFTER:
+        seconds, how = min(seconds, step_seconds(way)), "timed twice"
+        if seconds * steps > COMPILE_PAYS_AFTER:
+            compiled = replace(way, compiled=True)
+            faster = step_seconds(compiled)
+            seconds, how = min(seconds, step_seconds(way)), "faster than compiled"
+            if faster < seconds:
+                seconds, best, how = faster, compiled, "faster than eager"
     return replace(best, reason=f"{way.reason}, {how}" if way.reason else how), seconds
 
 

@@ -99,6 +99,8 @@ class DistillationStage(LightningModule):
         for network in (self.networks, *self.ema.networks, self._autoencoder[0], self._teacher[0]):
             compute.place(network)
         compute.set_blocks(self.networks)
+        for network in (*self.ema.networks, self._autoencoder[0], self._teacher[0]):
+            compute.set_kernels(network)
         self.empty_tokens = self.text_encoder.tokenize([""]).to(compute.device)
         self._backbone = compute.call(self.backbone)
         self._teach = compute.call(self._teacher[0])

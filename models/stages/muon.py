@@ -6,18 +6,19 @@ made of (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural net
 convolutions. Embeddings, position maps, norms and biases are AdamW's, and so is what works on one vector a
 sample (noise level, pooled text, modulation): those matrices are the widest, and most of the work, where a
 batch gives them a gradient of few directions. All of it is float32 and the same on every rank, so that ranks
-with whole models need not exchange anything.
+with whole models need not exchange anything. On a CPU small matrices are stepped by `models/muon.cpp`.
 """
 
+import ctypes
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from models.float8 import Linear
+from models.kernels import kernels, room
 from models.registry import ConfigError
 from models.stages.optim import AdamW, OptimizerSettings
 
@@ -25,6 +26,10 @@ from models.stages.optim import AdamW, OptimizerSettings
 #: nearest to 1 what the ones before have made of singular values from 0.01 to 1 (Amsel et al. 2025, arXiv
 #: 2505.16932, algorithm 1, solved as linear programs). Muon's own needs five rounds to come as near.
 _POLYNOMIALS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+
+
+#: The shorter side of matrices that one thread steps is up to this.
+_LARGEST = 256
 
 
 class Muon(OptimizerSettings):
@@ -74,6 +79,9 @@ class Muon(OptimizerSettings):
             for module in network.modules()
             if isinstance(module, Linear | nn.Conv2d) and module.weight.requires_grad
         }
+        # Imported here because it takes a second, which whoever makes pictures need not wait for.
+        from torch.distributed.tensor import DTensor
+
         if any(isinstance(weight, DTensor) for weight in matrices.values()):
             raise ConfigError(
                 "muon makes whole matrices orthogonal, and trainer.strategy spreads them over the ranks; use "
@@ -118,12 +126,20 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
+        if refused is not None and refused.device.type == "cpu":  # where nobody has to wait for the answer
+            if refused:
+                return loss
+            refused = None
+        given = [p for p in group["params"] if p.grad is not None]
+        small = [p for p in given if _suits(p)] if kernels() is not None else []
+        self._by_kernels(small, 1 - group["lr"] * group["weight_decay"], group["lr"] * self.update_rms)
+        taken = {id(p) for p in small}
         # A refused step takes nothing off and adds nothing, which changes no number. A tensor in either case,
         # as a number would be rounded otherwise; one of the CPU without dimensions goes with any device.
         share = torch.ones(()) if refused is None else 1 - refused
         left = 1 - group["lr"] * group["weight_decay"] * share
         by = group["lr"] * self.update_rms * share
-        for alike in _of_one_shape([p for p in group["params"] if p.grad is not None]):
+        for alike in _of_one_shape(p for p in given if id(p) not in taken):
             directions = self._directions(alike, refused)
             updates = orthogonalised(directions, by * math.sqrt(max(directions.shape[1:])))
             for parameter, update in zip(alike, updates, strict=True):
@@ -132,21 +148,80 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         self.others.step()
         return loss
 
+    def _mean(self, parameter: Tensor) -> Tensor:
+        """The mean gradient of a matrix, which begins as nothing; laid out as that is."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        elif state["momentum"].stride() != parameter.stride():
+            state["momentum"] = torch.empty_like(parameter).copy_(state["momentum"])
+        mean: Tensor = state["momentum"]
+        return mean
+
+    def _by_kernels(self, parameters: Sequence[Tensor], left: float, by: float) -> None:
+        """A step of matrices that suit, of whose weights `left` is left and whose updates are `by` as large."""
+        library = kernels()
+        if not parameters or library is None:
+            return
+        # What has to be copied into the layout of the weight has to live until the call is over.
+        gradients = [_as_matrix(p.grad, p).contiguous() for p in parameters if p.grad is not None]
+        means = [_as_matrix(self._mean(p), p) for p in parameters]
+        weights = [_as_matrix(p, p) for p in parameters]
+        assert all(each.is_contiguous() for each in (*means, *weights))
+        places = [
+            tuple(each.data_ptr() for each in three) for three in zip(gradients, means, weights, strict=True)
+        ]
+        work = zip(weights, places, strict=True)
+        largest_first = sorted(work, key=lambda pair: -pair[0].numel() * min(pair[0].shape))
+        matrices = (_Matrix * len(parameters))(*((*w.shape, *at) for w, at in largest_first))
+        coefficients = [number for polynomial in _POLYNOMIALS for number in polynomial]
+        rule = _Rule(self.momentum, left, by, (ctypes.c_float * len(coefficients))(*coefficients))
+        count, threads = ctypes.c_int64(len(parameters)), ctypes.c_int(torch.get_num_threads())
+        library.muon_room.restype = ctypes.c_int64
+        own = room(library.muon_room(matrices, count, threads))
+        library.muon(matrices, count, ctypes.byref(rule), ctypes.c_void_p(own.data_ptr()), threads)
+
     def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> Tensor:
         """The gradients with Nesterov's momentum `[B outputs the rest]`, of one shape; finite if refused."""
         first = parameters[0]
         made = first.new_empty(len(parameters), len(first), first[0].numel())
         for parameter, direction in zip(parameters, made, strict=True):
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
-            mean, gradient = self.state[parameter]["momentum"], parameter.grad
+            mean, gradient = self._mean(parameter), parameter.grad
             if refused is not None:
                 gradient = torch.where(refused > 0, mean, gradient)
             mean.lerp_(gradient, 1 - self.momentum)
             start, end = _as_matrix(gradient, parameter), _as_matrix(mean, parameter)
             torch.lerp(start, end, self.momentum, out=direction)
         return made
+
+
+class _Matrix(ctypes.Structure):
+    """What `muon.cpp` is told of a weight: its sizes as a matrix, and where its gradient, mean and itself lie."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("gradient", "mean", "weight")),
+    )
+
+
+class _Rule(ctypes.Structure):
+    """What it is told of the step."""
+
+    _fields_ = (
+        *((name, ctypes.c_float) for name in ("momentum", "left", "by")),
+        ("polynomials", ctypes.c_float * 9),
+    )
+
+
+def _suits(weight: Tensor) -> bool:
+    """Whether `muon.cpp` takes it: dense, and the work of one thread."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and min(len(weight), weight[0].numel()) <= _LARGEST
+        and (weight.is_contiguous() or _is_channels_last(weight))
+    )
 
 
 def _as_matrix(x: Tensor, like: Tensor) -> Tensor:

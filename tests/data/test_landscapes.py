@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.landscape_geometry import frame_of, land_of
 from data.landscape_noise import textures
+from data import rendering
 from data.landscapes import (
     FACTORS,
     PATTERNS,
@@ -263,6 +264,26 @@ def test_more_pictures_extend_a_folder(tmp_path: Path) -> None:
     write_landscapes(tmp_path / "a", 25, 32, 3, shard_size=10)
     write_landscapes(tmp_path / "b", 25, 32, 3, shard_size=10)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_folder_begun_with_shards_of_another_size_goes_on_with_those(tmp_path: Path) -> None:
+    write_landscapes(tmp_path / "a", 20, 32, 3, shard_size=10)
+    write_landscapes(tmp_path / "a", 25, 32, 3, shard_size=5, workers=2)
+    write_landscapes(tmp_path / "b", 25, 32, 3, shard_size=10)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_process_that_cannot_write_is_an_error_and_ends_the_others(tmp_path: Path) -> None:
+    (tmp_path / "000001.tar.part").mkdir()  # where the second process wants to write its first shard
+    with pytest.raises(OSError, match="000001"):
+        write_landscapes(tmp_path, 2_000, 32, 3, shard_size=10, workers=2)
+    assert len(list(tmp_path.glob("*.tar"))) < 100
+
+
+def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "__name__", "data.nothing_of_that_name")
+    with pytest.raises(OSError, match="ended with exit code 1|Broken pipe"):
+        write_landscapes(tmp_path, 20, 32, 3, shard_size=10, workers=2)
 
 
 def test_other_data_is_never_mixed_in(tmp_path: Path) -> None:

@@ -71,7 +71,27 @@ def test_compiling_only_where_it_pays() -> None:
     assert not decide(exact, timer, 10**6)[0].compiled
     slower = Timer(lambda way: 2.0 if way.compiled else 1.0)
     assert not decide(TrainerOptions(), slower, 2000)[0].compiled
-    assert slower.asked[-1].compiled
+    assert [way.compiled for way in slower.asked] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "reason"),
+    [
+        ([1.0, 0.5], None, "timed twice"),  # the run is not long enough after all
+        ([1.0, 1.0, 0.6], 0.7, "faster than compiled"),
+        ([1.0, 1.0, 1.0], 0.7, "faster than eager"),
+    ],
+)
+def test_a_busy_moment_does_not_decide(eager: list[float], compiled: float | None, reason: str) -> None:
+    """The machine is busy for the first one or two of those that are timed."""
+    left = list(eager)
+    timer = Timer(lambda way: compiled if way.compiled and compiled else left.pop(0))
+    way, seconds = decide(TrainerOptions(), timer, 2000)
+    assert not left
+    assert any(asked.compiled for asked in timer.asked) == (compiled is not None)
+    assert seconds == min([*eager, *([] if compiled is None else [compiled])])
+    assert way.compiled == (seconds == compiled)
+    assert way.reason == reason
 
 
 def test_compiling_as_told(monkeypatch: pytest.MonkeyPatch) -> None:

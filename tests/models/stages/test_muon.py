@@ -13,9 +13,11 @@ from torch import Tensor, distributed, nn
 from data.batch import Batch
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.float8 import Linear
+from models.kernels import kernels
 from models.registry import ConfigError
 from models.stages.compute import Compute
-from models.stages.muon import _POLYNOMIALS, Muon, orthogonalised
+from models.stages import muon
+from models.stages.muon import _LARGEST, _POLYNOMIALS, Muon, orthogonalised
 from models.stages.optim import AdamW
 from models.stages.sharded import Sharding
 from models.stages.stage import restore_networks, restore_optimizer, stage_state, stage_tensors
@@ -138,6 +140,76 @@ def test_steps_by_hand() -> None:
         direction = by_the_polynomial(0.8 * mean + 0.2 * gradient).float()
         weight = weight * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * direction
         assert torch.allclose(network.weight, weight, atol=1e-5)
+
+
+#: Convolutions and linear layers: in whole registers, with rows and columns that are missing, wide and tall, of
+#: more products than are added at once, and of no rows but one.
+SHAPES = [(32, 16, 3, 3), (8, 3, 3, 3), (16, 16, 1, 1), (48, 48), (40, 600), (600, 40), (1, 5), (130, 131)]
+
+
+def layer(shape: tuple[int, ...]) -> Any:
+    torch.manual_seed(len(shape))
+    if len(shape) == 2:
+        return Linear(shape[1], shape[0], bias=False)
+    return nn.Conv2d(shape[1], shape[0], shape[2], bias=False).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels can be compiled here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_step_as_torch_does(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = (nn.ModuleList(layer(shape) for shape in SHAPES) for _ in range(2))
+    optimizers = [Muon(lr=0.1, weight_decay=0.3).build(each) for each in (mine, other)]
+    found: list[int] = []
+    by_kernels = muon._MuonBesideAdamW._by_kernels
+    monkeypatch.setattr(
+        muon._MuonBesideAdamW,
+        "_by_kernels",
+        lambda self, given, *rest: (found.append(len(given)), by_kernels(self, given, *rest)),
+    )
+    rng, before = torch.Generator().manual_seed(1), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for k in range(4):
+            for one, two in zip(mine.parameters(), other.parameters(), strict=True):
+                scale = (1.0, 1e-20, 0.0, 1.0)[k]  # numbers as small as they come, and none, among them
+                one.grad = torch.randn(one.shape, generator=rng) * scale
+                two.grad = one.grad.clone()
+            optimizers[0].step()
+            with monkeypatch.context() as without:
+                without.setattr(muon, "kernels", lambda: None)
+                optimizers[1].step()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [len(SHAPES), 0] * 4
+    for one, two in zip(mine.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
+        means = (o.state[p]["momentum"] for o, p in zip(optimizers, (one, two), strict=True))
+        torch.testing.assert_close(*means, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels can be compiled here")
+def test_the_number_of_threads_changes_no_bit() -> None:
+    made = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        layers = nn.ModuleList(layer(shape) for shape in SHAPES)
+        for k, p in enumerate(layers.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+        torch.set_num_threads(threads)
+        try:
+            Muon(lr=0.1).build(layers).step()
+        finally:
+            torch.set_num_threads(before)
+        made.append(list(layers.parameters()))
+    assert all(torch.equal(one, two) for one, two in zip(*made, strict=True))
+
+
+def test_which_matrices_are_the_work_of_one_thread() -> None:
+    assert muon._suits(torch.empty(_LARGEST, 5000))
+    assert muon._suits(torch.empty(5000, _LARGEST))
+    assert not muon._suits(torch.empty(_LARGEST + 1, _LARGEST + 1))
+    assert not muon._suits(torch.empty(8, 8, dtype=torch.bfloat16))
+    assert not muon._suits(torch.empty(8, 16)[:, ::2])
 
 
 @pytest.mark.parametrize("of_gradient", [torch.contiguous_format, torch.channels_last])
