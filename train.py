@@ -133,8 +133,6 @@ def train(config: DictConfig) -> None:
         if ranks.size > 1:
             run.say(f"{ranks.size} ranks with one configuration, SHA-256 {same[:16]}")
         run.open_data()
-        if run.data.workers:
-            start_server()
         stages = run.prepare()
         judge = run.train_judge(stages)
         if judge is not None:
@@ -333,6 +331,8 @@ class Run:
             raise DataError(
                 f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
             )
+        if options.workers:
+            start_server()
 
     def open_moments(self) -> None:
         """Opens the moments that the diffusion stage is to read instead of pictures, where there are any.

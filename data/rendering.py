@@ -59,8 +59,9 @@ def write_rendered(
 
     `workers` processes write whole shards; 0 writes them in this process. The bytes do not depend on it. A
     shard that is there with a valid index is kept, so a stopped run goes on where it was, with shards of the
-    size that it began with. `progress` is called with the number of samples of every shard that is finished. Raises DataError where the folder holds
-    anything else, ValueError for a count or shard size below 1.
+    size that it began with. `progress` is called with the number of samples of every shard that is finished.
+    Raises DataError where the folder holds anything else, ValueError for a count or shard size below 1,
+    OSError where nothing can be written or a process ends in error.
     """
     size = plan.shard_size
     if count < 1 or size < 1:

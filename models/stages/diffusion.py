@@ -96,8 +96,8 @@ class DiffusionStage(LightningModule):
             compute.place(network)
         compute.place(self._autoencoder[0])
         compute.set_blocks(self.networks)
-        for network in (*self.ema.networks, self._autoencoder[0]):
-            compute.set_kernels(network)
+        for each in (*self.ema.networks, self._autoencoder[0]):
+            compute.set_kernels(each)
         self.empty_tokens = self.text_encoder.tokenize([""]).to(compute.device)
         self._stored_null: Conditioning | None = None
         self._backbone = compute.call(self.backbone)

@@ -159,7 +159,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         return mean
 
     def _by_kernels(self, parameters: Sequence[Tensor], left: float, by: float) -> None:
-        """A step of matrices that suit, of whose weights `left` is left and whose updates are `by` as large."""
+        """A step of matrices that suit, of whose weights `left` is left, with updates `by` as large."""
         library = kernels()
         if not parameters or library is None:
             return
@@ -173,13 +173,14 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         ]
         work = zip(weights, places, strict=True)
         largest_first = sorted(work, key=lambda pair: -pair[0].numel() * min(pair[0].shape))
-        matrices = (_Matrix * len(parameters))(*((*w.shape, *at) for w, at in largest_first))
+        matrices = (_Matrix * len(parameters))(*(_Matrix(*w.shape, *at) for w, at in largest_first))
         coefficients = [number for polynomial in _POLYNOMIALS for number in polynomial]
         rule = _Rule(self.momentum, left, by, (ctypes.c_float * len(coefficients))(*coefficients))
         count, threads = ctypes.c_int64(len(parameters)), ctypes.c_int(torch.get_num_threads())
         library.muon_room.restype = ctypes.c_int64
         own = room(library.muon_room(matrices, count, threads))
         library.muon(matrices, count, ctypes.byref(rule), ctypes.c_void_p(own.data_ptr()), threads)
+        torch.autograd.graph.increment_version(parameters)  # as whatever torch does in place
 
     def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> Tensor:
         """The gradients with Nesterov's momentum `[B outputs the rest]`, of one shape; finite if refused."""
@@ -197,7 +198,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
 
 
 class _Matrix(ctypes.Structure):
-    """What `muon.cpp` is told of a weight: its sizes as a matrix, and where its gradient, mean and itself lie."""
+    """What `muon.cpp` is told of a weight: its sizes as a matrix, where it and what belongs to it lie."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns")),

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import rendering
 from data.landscape_geometry import frame_of, land_of
 from data.landscape_noise import textures
-from data import rendering
 from data.landscapes import (
     FACTORS,
     PATTERNS,

@@ -15,8 +15,8 @@ from models.checkpoint import Checkpoint, save_checkpoint
 from models.float8 import Linear
 from models.kernels import kernels
 from models.registry import ConfigError
-from models.stages.compute import Compute
 from models.stages import muon
+from models.stages.compute import Compute
 from models.stages.muon import _LARGEST, _POLYNOMIALS, Muon, orthogonalised
 from models.stages.optim import AdamW
 from models.stages.sharded import Sharding
@@ -142,8 +142,8 @@ def test_steps_by_hand() -> None:
         assert torch.allclose(network.weight, weight, atol=1e-5)
 
 
-#: Convolutions and linear layers: in whole registers, with rows and columns that are missing, wide and tall, of
-#: more products than are added at once, and of no rows but one.
+#: Layers: in whole registers, and with rows and columns that are missing; wide and tall; of more products than
+#: are added at once; of one row.
 SHAPES = [(32, 16, 3, 3), (8, 3, 3, 3), (16, 16, 1, 1), (48, 48), (40, 600), (600, 40), (1, 5), (130, 131)]
 
 
