@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -109,8 +110,9 @@ def _written_elsewhere(
                     )
                     processes.append(process)
                     jobs = [(path.absolute(), indices) for path, indices in share]
-                    with process.stdin as work:  # type: ignore[union-attr] # asked for above
-                        pickle.dump((sample, plan, jobs), work)
+                    with suppress(BrokenPipeError):  # its exit code tells more
+                        with process.stdin as work:  # type: ignore[union-attr] # asked for above
+                            pickle.dump((sample, plan, jobs), work)
             finally:
                 os.close(writing)  # so that what they say ends when all of them have
             for line in said:

@@ -142,8 +142,8 @@ def test_steps_by_hand() -> None:
         assert torch.allclose(network.weight, weight, atol=1e-5)
 
 
-#: Layers: in whole registers, and with rows and columns that are missing; wide and tall; of more products than
-#: are added at once; of one row.
+#: Layers: in whole registers, and with rows and columns that are missing; wide and tall; of more products
+#: than are added at once; of one row.
 SHAPES = [(32, 16, 3, 3), (8, 3, 3, 3), (16, 16, 1, 1), (48, 48), (40, 600), (600, 40), (1, 5), (130, 131)]
 
 
