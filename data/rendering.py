@@ -110,9 +110,9 @@ def _written_elsewhere(
                     )
                     processes.append(process)
                     jobs = [(path.absolute(), indices) for path, indices in share]
-                    with suppress(BrokenPipeError):  # its exit code tells more
-                        with process.stdin as work:  # type: ignore[union-attr] # asked for above
-                            pickle.dump((sample, plan, jobs), work)
+                    assert process.stdin is not None
+                    with suppress(BrokenPipeError), process.stdin as work:  # its exit code tells more
+                        pickle.dump((sample, plan, jobs), work)
             finally:
                 os.close(writing)  # so that what they say ends when all of them have
             for line in said:
