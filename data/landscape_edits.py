@@ -33,7 +33,7 @@ from data.landscapes import (
     factors,
     jpeg,
 )  # fmt: skip
-from data.rendering import RenderPlan, write_rendered
+from data.rendering import RenderPlan, render_as_told, write_rendered
 
 #: Grows whenever the same (seed, index) would give another pair or instruction.
 EDITS_VERSION = 100 * LANDSCAPES_VERSION + 1
@@ -207,3 +207,7 @@ def write_landscape_edits(
     """
     plan = RenderPlan("landscape_edits", EDITS_VERSION, seed, resolution, shard_size)
     return write_rendered(folder, _sample, plan, count, workers, progress)
+
+
+if __name__ == "__main__":
+    render_as_told(_sample)

@@ -21,7 +21,7 @@ from PIL import Image
 from data.landscape_captions import PATTERNS, caption, read_factors
 from data.landscape_painter import render
 from data.landscape_scenes import FACTORS, Light, Scene, Sky, Terrain, Time, draw_scene, factors
-from data.rendering import RenderPlan, write_rendered
+from data.rendering import RenderPlan, render_as_told, write_rendered
 
 __all__ = [
     "FACTORS",
@@ -91,3 +91,7 @@ def write_landscapes(
     """
     plan = RenderPlan("landscapes", LANDSCAPES_VERSION, seed, resolution, shard_size)
     return write_rendered(folder, _sample, plan, count, workers, progress)
+
+
+if __name__ == "__main__":
+    render_as_told(_sample)

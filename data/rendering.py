@@ -1,18 +1,17 @@
 """Shards of samples that are pure functions of (seed, index): any size, any number of processes, same bytes.
 
-What is drawn is the caller's: a function `(seed, index, resolution) -> (key, fields)` of a module, since
-other processes import it by name. Beside the shards lies a plan, a small JSON of all that the bytes depend
-on; a folder that holds something else is refused, and a stopped run goes on where it was.
+What is drawn is the caller's: a function `(seed, index, resolution) -> (key, fields)` of a module that calls
+`render_as_told` with it when it is run as a command. Beside the shards lies a plan, a small JSON of all that
+the bytes depend on; a folder that holds something else is refused, and a stopped run goes on where it was.
 Use: `write_rendered(folder, sample, RenderPlan("landscapes", 1, seed, 64, 1024), count=20_000, workers=2)`.
 
-Other processes are `python -m data.rendering`, with their share of the work pickled on stdin, and print what
-they finish. Those of multiprocessing would import the caller's main module first, which for `train.py` takes
-five seconds of a core each; this one's imports take a third of a second.
+Other processes are such commands, `python -m data.landscapes`, which read their share of the work as JSON and
+print what they finish. Those of multiprocessing would import the caller's main module first, which for
+`train.py` takes five seconds of a core each; such a command's imports take a third of a second.
 """
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -106,13 +105,14 @@ def _written_elsewhere(
             try:
                 for share in shares:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=writing, cwd=_ROOT
-                    )
+                        [sys.executable, "-m", sample.__module__],
+                        stdin=subprocess.PIPE, stdout=writing, cwd=_ROOT,
+                    )  # fmt: skip
                     processes.append(process)
-                    jobs = [(path.absolute(), indices) for path, indices in share]
+                    jobs = [(str(path.absolute()), each.start, each.stop) for path, each in share]
                     assert process.stdin is not None
                     with suppress(BrokenPipeError), process.stdin as work:  # its exit code tells more
-                        pickle.dump((sample, plan, jobs), work)
+                        work.write(json.dumps({"plan": asdict(plan), "jobs": jobs}).encode())
             finally:
                 os.close(writing)  # so that what they say ends when all of them have
             for line in said:
@@ -128,19 +128,28 @@ def _written_elsewhere(
             process.wait()
 
 
-def _main() -> None:
-    """Writes the shards that stdin names, and prints how many samples each has once it is there."""
+def render_as_told(sample: MakeSample) -> None:
+    """Writes the shards that stdin names, and prints how many samples each has once it is there.
+
+    For a module that has `sample` and is run as a command by `write_rendered`.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # and what is half done goes away
-    sample, plan, jobs = pickle.load(sys.stdin.buffer)
+    told = json.load(sys.stdin)
+    plan = RenderPlan(**told["plan"])
     try:
-        for path, indices in jobs:
-            print(_write(path, sample, plan, indices), flush=True)
+        for path, start, stop in told["jobs"]:
+            _say(_write(Path(path), sample, plan, range(start, stop)))
     except BrokenPipeError:
-        os._exit(5)  # whoever wanted them is gone, and cannot be told
+        sys.exit(5)  # whoever wanted them is gone, and cannot be told
     except OSError as error:
-        print(f"{_FAILED} {error}", flush=True)
+        _say(f"{_FAILED} {error}")
         sys.exit(5)
+
+
+def _say(what: object) -> None:
+    """Writes a line to stdout at once, as others write to the same pipe."""
+    os.write(sys.stdout.fileno(), f"{what}\n".encode())
 
 
 def _write(path: Path, sample: MakeSample, plan: RenderPlan, indices: range) -> int:
@@ -190,7 +199,3 @@ def _check_plan(folder: Path, plan: RenderPlan, names: set[str]) -> None:
             f"{folder}: holds {len(others)} shards more than asked for, such as {others[0]}; delete them"
         )
     write_atomic(path, (json.dumps(wanted) + "\n").encode())
-
-
-if __name__ == "__main__":
-    _main()

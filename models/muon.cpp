@@ -142,7 +142,10 @@ extern "C" int64_t muon_room(const Matrix *matrices, int64_t count, int threads)
     return most * threads;
 }
 
-extern "C" void muon(const Matrix *matrices, int64_t count, const Rule *rule, float *room, int threads) {
+// Nothing changes where `refused`, if it is no null, is not 0.
+extern "C" void muon(const Matrix *matrices, int64_t count, const Rule *rule, const float *refused, float *room,
+                     int threads) {
+    if (refused && *refused != 0.0f) return;
     const int64_t own = muon_room(matrices, count, 1);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (int64_t i = 0; i < count; i++) step(matrices[i], *rule, room + omp_get_thread_num() * own);

@@ -122,9 +122,7 @@ class Guard:
         every = self.ranks.collect(mine).view(self.ranks.size, 3)
         numbers = Readback(every)
         self.settle()
-        # Where the host need not wait to know, gradients that are short enough are not multiplied by 1.
-        if norm.device.type != "cpu" or norm > self.stage.plan.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.plan.gradient_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.stage.plan.gradient_clip, norm)
         _apply(optimizer, unless=every.isfinite().all().logical_not())
         self._made = _Step(self.stage.images_seen, batch.keys, batch.indices, numbers)
 

@@ -126,13 +126,11 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
-        if refused is not None and refused.device.type == "cpu":  # where nobody has to wait for the answer
-            if refused:
-                return loss
-            refused = None
         given = [p for p in group["params"] if p.grad is not None]
         small = [p for p in given if _suits(p)] if kernels() is not None else []
-        self._by_kernels(small, 1 - group["lr"] * group["weight_decay"], group["lr"] * self.update_rms)
+        self._by_kernels(
+            small, 1 - group["lr"] * group["weight_decay"], group["lr"] * self.update_rms, refused
+        )
         taken = {id(p) for p in small}
         # A refused step takes nothing off and adds nothing, which changes no number. A tensor in either case,
         # as a number would be rounded otherwise; one of the CPU without dimensions goes with any device.
@@ -158,7 +156,9 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         mean: Tensor = state["momentum"]
         return mean
 
-    def _by_kernels(self, parameters: Sequence[Tensor], left: float, by: float) -> None:
+    def _by_kernels(
+        self, parameters: Sequence[Tensor], left: float, by: float, refused: Tensor | None
+    ) -> None:
         """A step of matrices that suit, of whose weights `left` is left, with updates `by` as large."""
         library = kernels()
         if not parameters or library is None:
@@ -179,7 +179,8 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         count, threads = ctypes.c_int64(len(parameters)), ctypes.c_int(torch.get_num_threads())
         library.muon_room.restype = ctypes.c_int64
         own = room(library.muon_room(matrices, count, threads))
-        library.muon(matrices, count, ctypes.byref(rule), ctypes.c_void_p(own.data_ptr()), threads)
+        flag = None if refused is None else ctypes.c_void_p(refused.data_ptr())
+        library.muon(matrices, count, ctypes.byref(rule), flag, ctypes.c_void_p(own.data_ptr()), threads)
         torch.autograd.graph.increment_version(parameters)  # as whatever torch does in place
 
     def _directions(self, parameters: list[Tensor], refused: Tensor | None) -> Tensor:

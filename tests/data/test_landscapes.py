@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import rendering
+from data import landscapes
 from data.landscape_geometry import frame_of, land_of
 from data.landscape_noise import textures
 from data.landscapes import (
@@ -281,7 +281,7 @@ def test_a_process_that_cannot_write_is_an_error_and_ends_the_others(tmp_path: P
 
 
 def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "__name__", "data.nothing_of_that_name")
+    monkeypatch.setattr(landscapes._sample, "__module__", "data.nothing_of_that_name")
     with pytest.raises(OSError, match="ended with exit code 1"):
         write_landscapes(tmp_path, 20, 32, 3, shard_size=10, workers=2)
 

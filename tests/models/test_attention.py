@@ -280,9 +280,7 @@ def test_tiles_refuse_a_second_derivative(rng: torch.Generator, dtype: torch.dty
 
 
 @each_type
-def test_tiles_serve_training_alone(
-    rng: torch.Generator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_tiles_serve(rng: torch.Generator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.dtype] = []
     real = TiledAttention.forward
     monkeypatch.setattr(
@@ -292,10 +290,12 @@ def test_tiles_serve_training_alone(
     )
     query, key, value = (each.requires_grad_() for each in given(rng, 8, 8, 8, dtype)[:3])
     attention(query.double(), key.double(), value.double(), None, native=True)
-    with torch.no_grad():
-        attention(query, key, value, None, native=True)
     attention(query, key, value, None)
     assert calls == []
+    with torch.no_grad():  # what a training only looks at
+        attention(query, key, value, None, native=True)
+    assert calls == [dtype]
+    calls.clear()
     attention(query, key, value, None, native=True)
     assert calls == [dtype]
 
