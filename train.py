@@ -40,6 +40,7 @@ from data.shards import ShardDataset
 from evaluation.report import contact_sheet, judge_folder, kept_judge, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.diffusion.distillation import Distillation, Lesson
+from models.kernels import kernels
 from models.loading import (
     MODEL_KEYS,
     PICTURING,
@@ -331,8 +332,6 @@ class Run:
             raise DataError(
                 f"{options.shards}: no sample is held out; raise data.val_fraction or add samples"
             )
-        if options.workers:
-            start_server()
 
     def open_moments(self) -> None:
         """Opens the moments that the diffusion stage is to read instead of pictures, where there are any.
@@ -505,7 +504,22 @@ class Run:
         return mine if mine is not None or folder is None else Checkpoint(Path(folder))
 
     def cost(self, stage: Stage) -> Cost:
-        """What is left of `stage` costs, as the first rank measured it; all compute in that way then."""
+        """What is left of `stage` costs, as the first rank measured it; all compute in that way then.
+
+        Kernels of our own serve where every rank has them: what ranks compute for themselves, as Muon does,
+        would differ in its last bits.
+        """
+        cost = self.measured(stage)
+        if cost.compute.native and not all(
+            found for (found,) in self.ranks.gather([float(kernels() is not None)])
+        ):
+            compute = replace(cost.compute, native=False)
+            stage.use(compute)
+            return replace(cost, compute=compute)
+        return cost
+
+    def measured(self, stage: Stage) -> Cost:
+        """The cost by the first rank's preflight, and its way to compute in use on all ranks."""
         if self.ranks.first or stage.sharding is not None:
             before = restore_compute(self.checkpoints[StageName[stage.name]])
             data = self.data_for(StageName[stage.name])
@@ -590,6 +604,8 @@ class Run:
 
     def build_stage(self, name: StageName) -> Stage:
         """The stage, with fresh weights."""
+        if self.data.workers:
+            start_server()  # which imports beside this process
         # Imported here because lightning takes seconds, which --help and --cfg need not wait for.
         from models.stages.autoencoder import AutoencoderStage
         from models.stages.diffusion import DiffusionStage

@@ -87,7 +87,8 @@ def write_landscapes(
     width, height). `workers` processes write whole shards; 0 writes them in this process. The bytes do not
     depend on it. A shard that is there with a valid index is kept, so a stopped run goes on where it was.
     `progress` is called with the number of pictures of every shard that is finished. Raises DataError where
-    the folder holds anything else, ValueError for a count or shard size below 1.
+    the folder holds anything else, ValueError for a count or shard size below 1, OSError where nothing can be
+    written or a process dies. A folder that was begun with another `shard_size` keeps that.
     """
     plan = RenderPlan("landscapes", LANDSCAPES_VERSION, seed, resolution, shard_size)
     return write_rendered(folder, _sample, plan, count, workers, progress)

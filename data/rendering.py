@@ -6,19 +6,22 @@ the bytes depend on; a folder that holds something else is refused, and a stoppe
 Use: `write_rendered(folder, sample, RenderPlan("landscapes", 1, seed, 64, 1024), count=20_000, workers=2)`.
 
 Other processes are such commands, `python -m data.landscapes`, which read their share of the work as JSON and
-print what they finish. Those of multiprocessing would import the caller's main module first, which for
+answer with what they finish. Those of multiprocessing would import the caller's main module first, which for
 `train.py` takes five seconds of a core each; such a command's imports take a third of a second.
 """
 
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data.shard_index import DataError, current_index, write_atomic
 from data.writer import write_shard
@@ -28,8 +31,6 @@ MakeSample = Callable[[int, int, int], tuple[str, dict[str, bytes]]]
 #: A shard's path, and the indices of its samples.
 Job = tuple[Path, range]
 _ROOT = Path(__file__).resolve().parents[1]
-#: What a process's line begins with that says why it ends; other lines are numbers of samples.
-_FAILED = "!"
 
 
 @dataclass(frozen=True)
@@ -96,60 +97,95 @@ def _written_elsewhere(
 ) -> Iterator[int]:
     """Yields the samples of each shard that one of the processes, one a share, has written.
 
-    Raises OSError where one of them cannot write or dies; the others are stopped then.
+    Raises DataError or OSError as soon as one of them cannot write or dies; the others are stopped then.
     """
-    reading, writing = os.pipe()
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with open(reading) as said:
-            try:
-                for share in shares:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", sample.__module__],
-                        stdin=subprocess.PIPE, stdout=writing, cwd=_ROOT,
-                    )  # fmt: skip
-                    processes.append(process)
-                    jobs = [(str(path.absolute()), each.start, each.stop) for path, each in share]
-                    assert process.stdin is not None
-                    with suppress(BrokenPipeError), process.stdin as work:  # its exit code tells more
-                        work.write(json.dumps({"plan": asdict(plan), "jobs": jobs}).encode())
-            finally:
-                os.close(writing)  # so that what they say ends when all of them have
-            for line in said:
-                if line.startswith(_FAILED):
-                    raise OSError(line.removeprefix(_FAILED).strip())
-                yield int(line)
-        for process in processes:
-            if code := process.wait():
-                raise OSError(f"a process that renders (pid {process.pid}) ended with exit code {code}")
+        with selectors.DefaultSelector() as all_said:
+            for share in shares:
+                process = _start(sample)
+                processes.append(process)
+                jobs = [(str(path.absolute()), each.start, each.stop) for path, each in share]
+                assert process.stdin is not None
+                with suppress(BrokenPipeError):  # its exit code tells more
+                    process.stdin.write(json.dumps({"plan": asdict(plan), "jobs": jobs}).encode() + b"\n")
+                all_said.register(process.stdout, selectors.EVENT_READ, process)  # type: ignore[arg-type]
+            while all_said.get_map():
+                for key, _ in all_said.select():
+                    if line := key.fileobj.readline():  # type: ignore[union-attr] # unbuffered, whole lines
+                        yield _understood(json.loads(line))
+                        continue
+                    all_said.unregister(key.fileobj)
+                    if code := key.data.wait():
+                        raise OSError(_death(key.data.pid, code))
     finally:
         for process in processes:
             process.terminate()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _start(sample: MakeSample) -> "subprocess.Popen[bytes]":
+    """The command of the module of `sample`, which finds the project wherever it is started."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.Popen(
+        [sys.executable, "-m", sample.__module__],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+
+
+def _understood(said: dict[str, Any]) -> int:
+    """The samples that a process says it has written; its error is raised here instead."""
+    if "data" in said:
+        raise DataError(said["data"])
+    if "system" in said:
+        raise OSError(*said["system"])
+    return int(said["written"])
+
+
+def _death(pid: int, code: int) -> str:
+    died = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    remedy = (
+        "give the machine more memory, or start again with fewer processes" if code == -9 else "start again"
+    )
+    return f"a process that renders (pid {pid}) {died}; what is whole stays: {remedy}"
 
 
 def render_as_told(sample: MakeSample) -> None:
-    """Writes the shards that stdin names, and prints how many samples each has once it is there.
+    """Writes the shards that a line on stdin names, and says how many samples each has once it is there.
 
-    For a module that has `sample` and is run as a command by `write_rendered`.
+    For a module that has `sample` and is run as a command by `write_rendered`. It ends when stdin does, which
+    whoever started it holds open.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this decides
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # and what is half done goes away
-    told = json.load(sys.stdin)
+    told = json.loads(sys.stdin.readline())
     plan = RenderPlan(**told["plan"])
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anything else prints is no answer
+
+    def answer(**said: Any) -> None:
+        os.write(answers, json.dumps(said).encode() + b"\n")
+
     try:
         for path, start, stop in told["jobs"]:
-            _say(_write(Path(path), sample, plan, range(start, stop)))
+            answer(written=_write(Path(path), sample, plan, range(start, stop)))
     except BrokenPipeError:
         sys.exit(5)  # whoever wanted them is gone, and cannot be told
+    except DataError as error:
+        answer(data=str(error))
     except OSError as error:
-        _say(f"{_FAILED} {error}")
-        sys.exit(5)
+        answer(system=(error.errno, error.strerror, error.filename))
 
 
-def _say(what: object) -> None:
-    """Writes a line to stdout at once, as others write to the same pipe."""
-    os.write(sys.stdout.fileno(), f"{what}\n".encode())
+def _end_with_input() -> None:
+    """Ends this process, and what is half done, once stdin ends: whoever held it open is gone."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _write(path: Path, sample: MakeSample, plan: RenderPlan, indices: range) -> int:
@@ -176,8 +212,10 @@ def _begun_with(folder: Path, plan: RenderPlan) -> int:
     if not path.exists():
         return plan.shard_size
     found = json.loads(path.read_text())
-    size = found.get("shard_size", plan.shard_size)
-    return int(size) if found == plan.record() | {"shard_size": size} else plan.shard_size
+    size = found.get("shard_size") if isinstance(found, dict) else None
+    if isinstance(size, int) and size > 0 and found == plan.record() | {"shard_size": size}:
+        return size
+    return plan.shard_size
 
 
 def _check_plan(folder: Path, plan: RenderPlan, names: set[str]) -> None:

@@ -1,9 +1,9 @@
 """Attention, and how a CPU trains it: the scores of a few queries at a time, or of all, made again backwards.
 
-Torch's fused attention is the best there is on a GPU and where no gradient is wanted. On a CPU that trains in
-float32, `attention_float.cpp` takes a half to nineteen twentieths of its time. In 16 bits torch's backward
-pass takes most of a training step; there `attention_bfloat16.cpp` serves where the processor has AVX512-BF16,
-and products of whole matrices elsewhere.
+Torch's fused attention is the best there is on a GPU, and as good where no gradient is wanted. In a training
+on a CPU in float32, `attention_float.cpp` takes a half to nineteen twentieths of its time. In 16 bits torch's
+backward pass takes most of a training step; there `attention_bfloat16.cpp` serves where the processor has
+AVX512-BF16, and products of whole matrices elsewhere.
 
 Used by `models.blocks` and `models.text_encoder`.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.fused import SUFFIX, first_order, in_training, serves
+from models.fused import SUFFIX, first_order, first_order_at_most, serves
 from models.kernels import kernels, operation
 
 # Written out, training is 4 to 10 times faster on 64 tokens and 1.4 times on 256, but all Lq x Lk scores are
@@ -28,14 +28,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, na
     """Softmax attention [B heads Lq d] of `query` [B heads Lq d] over `key` and `value` [B heads Lk d].
 
     `mask` is bool, broadcastable to [B heads Lq Lk], True where a key may be seen, or None. Every query must
-    see at least one key. With `native`, for which a machine must have `has_tiles`, a CPU trains by kernels of
-    its own.
+    see at least one key. With `native`, for which a machine must have `has_tiles`, a CPU uses kernels of its
+    own.
     """
     if native and query.dtype in SUFFIX and serves(query) and fits(query, key, value):
         return TiledAttention.apply(query, key, value, mask)
     small = query.shape[2] * key.shape[2] <= EXPLICIT_MAX
     if query.device.type == "cpu" and query.dtype != torch.float32 and torch.is_grad_enabled() and small:
-        if in_training() and not torch.compiler.is_compiling():
+        if first_order_at_most() and not torch.compiler.is_compiling():
             return WrittenOutAttention.apply(query, key, value, mask)
         return attention_weights(query, key, mask) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

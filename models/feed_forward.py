@@ -57,7 +57,8 @@ class FeedForward(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and x.is_contiguous()
             and all(layer.weight.is_contiguous() for layer in (self.expand, self.contract))
-            and all(parameter.requires_grad for parameter in self.parameters())
+            # A gradient of some of them alone is torch's to give.
+            and (not torch.is_grad_enabled() or all(each.requires_grad for each in self.parameters()))
         )
 
 

@@ -1,4 +1,4 @@
-"""Group norm with SiLU, and GEGLU, each in one pass over memory where a CPU trains.
+"""Group norm with SiLU, and GEGLU, each in one pass over memory in a training on a CPU.
 
 Both modules compute by torch's own operations, which every device, transform and compiler knows. With
 `native` set, on a CPU, they compute by `models.kernels` instead: to rounding the same, with fewer passes,
@@ -22,7 +22,7 @@ SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 def serves(x: Tensor) -> bool:
     """Whether the kernels may compute on `x`, where `native` says that they are there."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and asks_no_more() and is_plain(x)
+    return x.device.type == "cpu" and x.dtype in SUFFIX and first_order_at_most() and is_plain(x)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -30,12 +30,7 @@ def is_plain(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (type(x) in (Tensor, nn.Parameter) and kernels() is not None)
 
 
-def in_training() -> bool:
-    """Whether all that is wanted are first derivatives by the backward pass."""
-    return torch.is_grad_enabled() and asks_no_more()
-
-
-def asks_no_more() -> bool:
+def first_order_at_most() -> bool:
     """Whether no more is wanted than values, or first derivatives by the backward pass."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()  # without gradients a compiler fuses what the kernels do itself

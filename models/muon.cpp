@@ -139,7 +139,7 @@ static void step(const Matrix &of, const Rule &rule, float *room) {
 extern "C" int64_t muon_room(const Matrix *matrices, int64_t count, int threads) {
     int64_t most = 0;
     for (int64_t i = 0; i < count; i++) most = std::max(most, matrices[i].room());
-    return most * threads;
+    return most * std::min<int64_t>(threads, count);
 }
 
 // Nothing changes where `refused`, if it is no null, is not 0.
@@ -147,6 +147,6 @@ extern "C" void muon(const Matrix *matrices, int64_t count, const Rule *rule, co
                      int threads) {
     if (refused && *refused != 0.0f) return;
     const int64_t own = muon_room(matrices, count, 1);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(std::min<int64_t>(threads, count)) if (threads > 1) schedule(dynamic)
     for (int64_t i = 0; i < count; i++) step(matrices[i], *rule, room + omp_get_thread_num() * own);
 }

@@ -1,7 +1,8 @@
 """Prompts to pictures: text encoder, denoiser, guidance, sampler and decoder in their order.
 
 Joins networks and mathematics, as `models.registry`, `sampling` and `loading` do. Training, `sample.py` and
-the evaluation all make pictures through it, so they make the same ones. Needs no lightning.
+the evaluation all make pictures through it, so they make the same ones; on a CPU, those on the way of a
+training are the same to rounding, as its networks are native. Needs no lightning.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""3x3 convolutions in a quarter of the multiplications, where a CPU trains in float32.
+"""3x3 convolutions in a quarter of the multiplications, in a training on a CPU in float32.
 
 A tile of 4x4 outputs is 36 products of transformed inputs and transformed kernels, where the sum over the
 window takes 144 (Winograd 1980; Lavin and Gray 2016, arXiv:1509.09308, F(4x4, 3x3)). `winograd.cpp` takes a

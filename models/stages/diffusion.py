@@ -210,4 +210,4 @@ class DiffusionStage(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
-        return self.optimizer_settings.build(self.networks)
+        return self.optimizer_settings.build(self.networks, self.compute.native)

@@ -188,4 +188,4 @@ class DistillationStage(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of the trained networks."""
-        return self.optimizer_settings.build(self.networks)
+        return self.optimizer_settings.build(self.networks, self.compute.native)

@@ -6,7 +6,8 @@ made of (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural net
 convolutions. Embeddings, position maps, norms and biases are AdamW's, and so is what works on one vector a
 sample (noise level, pooled text, modulation): those matrices are the widest, and most of the work, where a
 batch gives them a gradient of few directions. All of it is float32 and the same on every rank, so that ranks
-with whole models need not exchange anything. On a CPU small matrices are stepped by `models/muon.cpp`.
+with whole models need not exchange anything. Where native, `models/muon.cpp` steps small
+matrices.
 """
 
 import ctypes
@@ -73,7 +74,7 @@ class Muon(OptimizerSettings):
         self.weight_decay = weight_decay
         self.eps = eps
 
-    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+    def build(self, network: nn.Module, native: bool = False) -> torch.optim.Optimizer:
         matrices = {
             id(module.weight): module.weight
             for module in network.modules()
@@ -90,7 +91,7 @@ class Muon(OptimizerSettings):
         others = AdamW(self.lr, *self.betas, self.weight_decay, self.eps)
         rest = others.of([p for p in network.parameters() if id(p) not in matrices])
         return _MuonBesideAdamW(
-            list(matrices.values()), rest, self.lr, self.momentum, self.weight_decay, self.update_rms
+            list(matrices.values()), rest, self.lr, self.momentum, self.weight_decay, self.update_rms, native
         )
 
 
@@ -111,10 +112,12 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         update_rms: float,
+        native: bool,
     ) -> None:
         super().__init__([{"params": matrices}], {"lr": lr, "weight_decay": weight_decay})
         self.momentum = momentum
         self.update_rms = update_rms
+        self.native = native
         self.others = others
         # The same objects: a learning rate set here is theirs, and so is a state restored here.
         self.param_groups += others.param_groups
@@ -127,7 +130,7 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
             loss = None if closure is None else closure()
         group, refused = self.param_groups[0], self.found_inf
         given = [p for p in group["params"] if p.grad is not None]
-        small = [p for p in given if _suits(p)] if kernels() is not None else []
+        small = [p for p in given if _suits(p)] if self.native else []
         self._by_kernels(
             small, 1 - group["lr"] * group["weight_decay"], group["lr"] * self.update_rms, refused
         )
@@ -160,9 +163,10 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         self, parameters: Sequence[Tensor], left: float, by: float, refused: Tensor | None
     ) -> None:
         """A step of matrices that suit, of whose weights `left` is left, with updates `by` as large."""
-        library = kernels()
-        if not parameters or library is None:
+        if not parameters:
             return
+        library = kernels()
+        assert library is not None
         # What has to be copied into the layout of the weight has to live until the call is over.
         gradients = [_as_matrix(p.grad, p).contiguous() for p in parameters if p.grad is not None]
         means = [_as_matrix(self._mean(p), p) for p in parameters]

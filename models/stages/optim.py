@@ -19,8 +19,11 @@ class OptimizerSettings(ABC):
     takes_parts = True
 
     @abstractmethod
-    def build(self, network: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of what `network` trains; every group's `lr` is the peak learning rate."""
+    def build(self, network: nn.Module, native: bool = False) -> torch.optim.Optimizer:
+        """The optimizer of what `network` trains; every group's `lr` is the peak learning rate.
+
+        With `native` it may compute by the machine's own kernels, which all ranks then have.
+        """
 
 
 class AdamW(OptimizerSettings):
@@ -54,7 +57,7 @@ class AdamW(OptimizerSettings):
         self.weight_decay = weight_decay
         self.eps = eps
 
-    def build(self, network: nn.Module) -> torch.optim.Optimizer:
+    def build(self, network: nn.Module, native: bool = False) -> torch.optim.Optimizer:
         return self.of(network.parameters())
 
     def of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import landscapes
+from data import rendering
 from data.landscape_geometry import frame_of, land_of
 from data.landscape_noise import textures
 from data.landscapes import (
@@ -158,8 +161,8 @@ def test_geometry_ignores_time_light_and_sky() -> None:
     for index in range(8):
         scene = draw_scene(2, index)
         land = land_of(scene, frame, tables)
-        for time, light, sky in itertools.product(Time, Light, Sky):
-            other = land_of(dataclasses.replace(scene, time=time, light=light, sky=sky), frame, tables)
+        for hour, light, sky in itertools.product(Time, Light, Sky):
+            other = land_of(dataclasses.replace(scene, time=hour, light=light, sky=sky), frame, tables)
             assert (other.horizon, other.water, other.window) == (land.horizon, land.water, land.window)
             assert all(np.array_equal(a.top, b.top) for a, b in zip(other.ridges, land.ridges, strict=True))
 
@@ -275,15 +278,56 @@ def test_a_folder_begun_with_shards_of_another_size_goes_on_with_those(tmp_path:
 
 def test_a_process_that_cannot_write_is_an_error_and_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / "000001.tar.part").mkdir()  # where the second process wants to write its first shard
-    with pytest.raises(OSError, match="000001"):
+    with pytest.raises(IsADirectoryError, match="000001"):
         write_landscapes(tmp_path, 2_000, 32, 3, shard_size=10, workers=2)
     assert len(list(tmp_path.glob("*.tar"))) < 100
 
 
-def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landscapes._sample, "__module__", "data.nothing_of_that_name")
-    with pytest.raises(OSError, match="ended with exit code 1"):
-        write_landscapes(tmp_path, 20, 32, 3, shard_size=10, workers=2)
+def test_one_process_that_dies_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(sample: Any) -> "subprocess.Popen[bytes]":
+        started.append(real(sample))
+        if len(started) == 2:
+            started[1].kill()
+        return started[1] if len(started) == 2 else started[0]
+
+    real = rendering._start
+    monkeypatch.setattr(rendering, "_start", start)
+    with pytest.raises(OSError, match="died of SIGKILL; what is whole stays: give the machine more memory"):
+        write_landscapes(tmp_path, 2_000, 32, 3, shard_size=10, workers=2)
+    assert len(list(tmp_path.glob("*.tar"))) < 100
+    assert all(process.poll() is not None for process in started)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """Killed, it cannot stop them; a new one soon writes to the same files."""
+    code = f"""
+from pathlib import Path
+from data.landscapes import write_landscapes
+write_landscapes(Path({str(tmp_path)!r}), 100_000, 32, 3, shard_size=50_000, workers=2)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("*.part"))) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not list(tmp_path.glob("*.part")))
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"shard_size": 0}', '{"shard_size": null}'])
+def test_a_plan_that_says_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "landscapes.json").write_text(content)
+    with pytest.raises(DataError, match="made with"):
+        write_landscapes(tmp_path, 20, 32, 3, shard_size=10)
 
 
 def test_other_data_is_never_mixed_in(tmp_path: Path) -> None:

@@ -113,6 +113,18 @@ def test_it_refuses_a_second_derivative() -> None:
         torch.autograd.grad(feed(x).sum(), x, create_graph=True)
 
 
+def test_what_is_only_looked_at_goes_by_rows_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, x = layer(), made(2, 64, 48)
+    exact = feed(x).detach()
+    feed.requires_grad_(False).native = True
+    used: list[int] = []
+    real = RowsTogether.apply
+    monkeypatch.setattr(RowsTogether, "apply", lambda *given: used.append(1) or real(*given))
+    with torch.no_grad():
+        assert error(feed(x), exact) < 1e-5
+    assert used == [1]
+
+
 def test_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowsTogether, "apply", lambda *_: pytest.fail("it was used"))
     feed, x = layer(), made(2, 64, 48)
