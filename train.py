@@ -510,13 +510,12 @@ class Run:
         would differ in its last bits.
         """
         cost = self.measured(stage)
-        if cost.compute.native and not all(
-            found for (found,) in self.ranks.gather([float(kernels() is not None)])
-        ):
-            compute = replace(cost.compute, native=False)
-            stage.use(compute)
-            return replace(cost, compute=compute)
-        return cost
+        if device_of(self.trainer).type != "cpu":
+            return cost
+        found = all(found for (found,) in self.ranks.gather([float(kernels() is not None)]))
+        compute = replace(cost.compute, native=cost.compute.native and found)
+        stage.use(compute)
+        return replace(cost, compute=compute)
 
     def measured(self, stage: Stage) -> Cost:
         """The cost by the first rank's preflight, and its way to compute in use on all ranks."""

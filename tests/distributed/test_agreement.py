@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoint import newest
 from scripts.faults.runs import WORDS
 from tests.distributed.runs import PATIENCE, Runs, environment
 
@@ -32,6 +33,18 @@ def flip(self, network, images_seen, batch_size):
             network["backbone"].conv_in.weight.view(torch.int32)[0, 0, 1, 2] ^= 1 << 12
 Ema.update = flip
 main("train", train.train)
+"""
+
+#: Is train.py, but that rank 1 finds no compiler.
+WITHOUT_A_COMPILER = """
+import os, sys
+sys.path.insert(0, {project!r})
+if os.environ.get("RANK") == "1":
+    os.environ["PATH"] = "/nowhere"
+import train
+from conf.cli import main
+if __name__ == "__main__":
+    main("train", train.train)
 """
 
 
@@ -83,3 +96,21 @@ def test_a_weight_that_flips_on_one_rank_stops_the_run(runs: Runs, tmp_path: Pat
         "it, remove the checkpoints since then if rank 0 is named, and continue with resume=true\n"
     )
     assert not list((tmp_path / "runs" / "run" / "diffusion").glob("checkpoints/images-*"))
+
+
+def test_ranks_of_which_one_has_no_compiler_step_alike(runs: Runs, tmp_path: Path) -> None:
+    """Each steps its matrices for itself, so that kernels on some of them would let the weights drift."""
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT_A_COMPILER.format(project=str(PROJECT)))
+    words = (
+        *WORDS, f"data.shards={runs.data}", "plan.diffusion.images=96", "trainer.devices=2",
+        "trainer.check_ranks_every_images=32", "optimizer/diffusion=muon",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = newest(tmp_path / "runs" / "run" / "diffusion" / "checkpoints")
+    assert last is not None
+    assert last.document("state")["compute"]["native"] is False
