@@ -179,7 +179,8 @@ def render_as_told(sample: MakeSample) -> None:
     except DataError as error:
         answer(data=str(error))
     except OSError as error:
-        answer(system=(error.errno, error.strerror, error.filename))
+        parts = (error.errno, error.strerror, error.filename)
+        answer(system=(str(error),) if error.errno is None else parts)
 
 
 def _end_with_input() -> None:
