@@ -64,9 +64,10 @@ def write_rendered(
     Raises DataError where the folder holds anything else, ValueError for a count or shard size below 1,
     OSError where nothing can be written or a process ends in error.
     """
-    size = plan.shard_size
-    if count < 1 or size < 1:
-        raise ValueError(f"write_{plan.name}: count {count} and shard_size {size} must be 1 or more")
+    if count < 1 or plan.shard_size < 1:
+        raise ValueError(
+            f"write_{plan.name}: count {count} and shard_size {plan.shard_size} must be 1 or more"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     size = _begun_with(folder, plan)
     plan = replace(plan, shard_size=size)

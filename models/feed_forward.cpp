@@ -31,13 +31,9 @@ static void pack_transposed(int64_t depth, int64_t columns, const float *weight,
 #pragma omp for
     for (int64_t c = 0; c < columns; c += PANEL)
         for (int64_t j = 0; j < wide(columns, c); j += LANES)
-            for (int64_t d = 0; d < depth; d += LANES) {
-                Lanes square[LANES];
-                for (int64_t i = 0; i < LANES; i++) square[i] = load(weight + (c + j + i) * depth + d);
-                transpose(square);
-                float *to = panels + c * depth + d * wide(columns, c) + j;
-                for (int64_t i = 0; i < LANES; i++) store(to + i * wide(columns, c), square[i]);
-            }
+            for (int64_t d = 0; d < depth; d += LANES)
+                transpose(weight + (c + j) * depth + d, depth, panels + c * depth + d * wide(columns, c) + j,
+                          wide(columns, c));
 }
 
 // Weights [depth columns] for rows times weights: the same panels.

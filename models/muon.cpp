@@ -41,12 +41,7 @@ struct Rule {
 // The half above the diagonal of c [side side] from the half below.
 static void mirror(int64_t side, float *c) {
     for (int64_t i = LANES; i < side; i += LANES)
-        for (int64_t j = 0; j < i; j += LANES) {
-            Lanes square[LANES];
-            for (int64_t k = 0; k < LANES; k++) square[k] = load(c + (i + k) * side + j);
-            transpose(square);
-            for (int64_t k = 0; k < LANES; k++) store(c + (j + k) * side + i, square[k]);
-        }
+        for (int64_t j = 0; j < i; j += LANES) transpose(c + i * side + j, side, c + j * side + i, side);
 }
 
 // c = a b, of which all three are symmetric [side side].
@@ -87,12 +82,7 @@ static void gram_matrix(const Matrix &of, const float *x, float *gram, float *ro
         int64_t row = of.width(), step = 1;
         if (of.is_wide())
             for (int64_t d = 0; d < now; d += LANES)
-                for (int64_t i = 0; i < side; i += LANES) {
-                    Lanes square[LANES];
-                    for (int64_t k = 0; k < LANES; k++) square[k] = load(a + (i + k) * row + d);
-                    transpose(square);
-                    for (int64_t k = 0; k < LANES; k++) store(room + (d + k) * side + i, square[k]);
-                }
+                for (int64_t i = 0; i < side; i += LANES) transpose(a + i * row + d, row, room + d * side + i, side);
         else a = b = x + first * side, row = 1, step = side;
         for (int64_t j = 0; j < side; j += PANEL) {
             float *c = gram + j * side + j;

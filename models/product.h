@@ -1,5 +1,5 @@
-// Products of matrices in float32 as the registers of a processor take them: winograd.cpp, feed_forward.cpp and
-// attention_float.cpp.
+// Products of matrices in float32 as the registers of a processor take them: winograd.cpp, feed_forward.cpp,
+// attention_float.cpp and muon.cpp.
 
 #pragma once
 
@@ -92,4 +92,12 @@ static inline void transpose(Lanes (&square)[LANES]) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++) to[j][i] = from[i][j];
     std::memcpy(square, to, sizeof(to));
+}
+
+// LANES rows of as many numbers, transposed, from one place to another.
+static inline void transpose(const float *from, int64_t from_row, float *to, int64_t to_row) {
+    Lanes square[LANES];
+    for (int64_t i = 0; i < LANES; i++) square[i] = load(from + i * from_row);
+    transpose(square);
+    for (int64_t i = 0; i < LANES; i++) store(to + i * to_row, square[i]);
 }

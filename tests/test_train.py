@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import evaluation.report
 import train
 from evaluation.adherence import AdherenceJudge, save_judge
+from models.checkpoint import newest
 from models.stages import ahead, preflight
 from models.stages.callbacks import Clock
 from models.stages.compute import Compute, threads_for
@@ -133,8 +134,9 @@ def test_a_judge_that_cannot_be_trained_beside_is_trained_for_the_report(
 
 def document(run: Path, name: str) -> Any:
     """What the newest checkpoint of the diffusion stage says."""
-    newest = max((run / "diffusion" / "checkpoints").glob("images-*"))
-    return json.loads((newest / f"{name}.json").read_text())
+    last = newest(run / "diffusion" / "checkpoints")
+    assert last is not None
+    return last.document(name)
 
 
 def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

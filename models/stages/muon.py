@@ -172,14 +172,14 @@ class _MuonBesideAdamW(torch.optim.Optimizer):
         means = [_as_matrix(self._mean(p), p) for p in parameters]
         weights = [_as_matrix(p, p) for p in parameters]
         assert all(each.is_contiguous() for each in (*means, *weights))
-        places = [
-            tuple(each.data_ptr() for each in three) for three in zip(gradients, means, weights, strict=True)
+        work = [
+            _Matrix(*three[2].shape, *(each.data_ptr() for each in three))
+            for three in zip(gradients, means, weights, strict=True)
         ]
-        work = zip(weights, places, strict=True)
-        largest_first = sorted(work, key=lambda pair: -pair[0].numel() * min(pair[0].shape))
-        matrices = (_Matrix * len(parameters))(*(_Matrix(*w.shape, *at) for w, at in largest_first))
-        coefficients = [number for polynomial in _POLYNOMIALS for number in polynomial]
-        rule = _Rule(self.momentum, left, by, (ctypes.c_float * len(coefficients))(*coefficients))
+        work.sort(key=lambda matrix: -matrix.rows * matrix.columns * min(matrix.rows, matrix.columns))
+        matrices = (_Matrix * len(work))(*work)
+        coefficients = (number for polynomial in _POLYNOMIALS for number in polynomial)
+        rule = _Rule(self.momentum, left, by, _Coefficients(*coefficients))
         count, threads = ctypes.c_int64(len(parameters)), ctypes.c_int(torch.get_num_threads())
         library.muon_room.restype = ctypes.c_int64
         own = room(library.muon_room(matrices, count, threads))
@@ -211,12 +211,15 @@ class _Matrix(ctypes.Structure):
     )
 
 
+_Coefficients = ctypes.c_float * (3 * len(_POLYNOMIALS))
+
+
 class _Rule(ctypes.Structure):
     """What it is told of the step."""
 
     _fields_ = (
         *((name, ctypes.c_float) for name in ("momentum", "left", "by")),
-        ("polynomials", ctypes.c_float * 9),
+        ("polynomials", _Coefficients),
     )
 
 

@@ -54,6 +54,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def two_ranks(code: str, runs: Runs, place: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """What came of `code`, one of those above, run in `place` with weights compared every 32 images."""
+    script = place / "train_otherwise.py"
+    script.write_text(code.format(project=str(PROJECT)))
+    every = "trainer.devices=2", "trainer.check_ranks_every_images=32"
+    return subprocess.run(
+        [sys.executable, str(script), *WORDS, f"data.shards={runs.data}", *every, *words],
+        cwd=place, capture_output=True, text=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+
+
 def test_another_configuration_on_one_rank_is_refused(runs: Runs) -> None:
     """Each is a command of its own, as a launcher may start them that gives each what it likes."""
     folder, port = runs.place / "config", free_port()
@@ -79,16 +90,8 @@ def test_ranks_say_that_their_configuration_is_one(runs: Runs) -> None:
 
 
 def test_a_weight_that_flips_on_one_rank_stops_the_run(runs: Runs, tmp_path: Path) -> None:
-    script = tmp_path / "flipped.py"
-    script.write_text(FLIPPED.format(project=str(PROJECT)))
-    words = (
-        *WORDS, f"data.shards={runs.data}", "plan.diffusion.images=80", "trainer.devices=2",
-        "trainer.check_ranks_every_images=32", "plan.diffusion.checkpoint_every_images=32",
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False,
-        timeout=PATIENCE,
-    )  # fmt: skip
+    words = "plan.diffusion.images=80", "plan.diffusion.checkpoint_every_images=32"
+    done = two_ranks(FLIPPED, runs, tmp_path, *words)
     assert done.returncode == 6, done.stderr
     assert done.stderr == (
         "train.py: stage diffusion at 32 images: the ranks no longer have the same weights: "
@@ -100,16 +103,8 @@ def test_a_weight_that_flips_on_one_rank_stops_the_run(runs: Runs, tmp_path: Pat
 
 def test_ranks_of_which_one_has_no_compiler_step_alike(runs: Runs, tmp_path: Path) -> None:
     """Each steps its matrices for itself, so that kernels on some of them would let the weights drift."""
-    script = tmp_path / "without.py"
-    script.write_text(WITHOUT_A_COMPILER.format(project=str(PROJECT)))
-    words = (
-        *WORDS, f"data.shards={runs.data}", "plan.diffusion.images=96", "trainer.devices=2",
-        "trainer.check_ranks_every_images=32", "optimizer/diffusion=muon",
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True, check=False,
-        timeout=PATIENCE,
-    )  # fmt: skip
+    words = "plan.diffusion.images=96", "optimizer/diffusion=muon"
+    done = two_ranks(WITHOUT_A_COMPILER, runs, tmp_path, *words)
     assert done.returncode == 0, done.stderr
     last = newest(tmp_path / "runs" / "run" / "diffusion" / "checkpoints")
     assert last is not None
