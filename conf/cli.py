@@ -17,8 +17,10 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import plain, register
@@ -108,13 +110,31 @@ def main(name: str, function: Callable[[DictConfig], None]) -> None:
 
 
 def _compose_and_run(name: str, job: Callable[[DictConfig], None]) -> None:
-    """Lets Hydra run `job`; whatever it raises itself while it composes is a mistake in the command."""
+    """Runs `job`; whatever Hydra raises while it composes is a mistake in the command.
+
+    `hydra.main` composes everything twice, at first for `hydra.mode` alone: half a second that only a command
+    with options of Hydra's waits for.
+    """
     try:
-        hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
+        if any(re.match(r"-|[+~]*hydra\b", word) for word in sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(FOLDER), config_name=name)(job)()
+        else:
+            job(_configuration(name, sys.argv[1:]))
     except (HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
         raise ConfigError(str(error)) from error
+
+
+def _configuration(name: str, words: list[str]) -> DictConfig:
+    """The configuration `name` with the overrides `words`; what Hydra says of it is in `HydraConfig`."""
+    with hydra.initialize_config_dir(str(FOLDER), job_name=name, version_base="1.3"):
+        config = hydra.compose(name, words, return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    configure_log(config.hydra.job_logging, config.hydra.verbose)
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def explain(error: BaseException, name: str) -> str:

@@ -6,6 +6,7 @@ beside this module hold differences only.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -218,8 +219,9 @@ class SweepConfig:
     debug: bool = False
 
 
+@functools.cache
 def register() -> None:
-    """Puts every part into Hydra's config store, under its group and name."""
+    """Puts every part into Hydra's config store, under its group and name, once a process."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="sample_schema", node=SampleConfig)

@@ -49,6 +49,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to train in, with a judge that knows nothing; how to compute is not timed."""
     fixed = Compute(torch.device("cpu"), False, True, False, "fixed by a test")
     monkeypatch.setattr(preflight, "decide", lambda *_: (fixed, 0.01))
+    monkeypatch.setattr(preflight, "matmul_ceiling", lambda _: 1e11)
     monkeypatch.setattr(train, "NORMALISATION_IMAGES", 24)
     before = Path.cwd()
     os.chdir(tmp_path)

@@ -26,7 +26,7 @@ from models.stages.diffusion import DiffusionStage
 from models.stages.lock import run_lock
 from scripts.export import main as export
 from scripts.precompute import main as precompute
-from tests.tiny_networks import NETWORKS, PLAN
+from tests.tiny_networks import NETWORKS, PLAN, SHORT
 
 PROJECT = Path(__file__).resolve().parents[1]
 Command = Callable[..., int]
@@ -63,6 +63,7 @@ print("imported:", sorted(heavy))
 @pytest.fixture(autouse=True)
 def _quick_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "decide", lambda *_: (FIXED, 0.01))
+    monkeypatch.setattr(preflight, "matmul_ceiling", lambda _: 1e11)
     monkeypatch.setattr(train, "NORMALISATION_IMAGES", 24)
 
 
@@ -106,7 +107,7 @@ def test_the_judge_is_trained_beside_where_a_core_is_idle(
         return AdherenceJudge(), {}
 
     monkeypatch.setattr(evaluation.report, "train_judge", train_judge)
-    assert command("train", *WORDS, f"folder=judged-{cores}") == 0
+    assert command("train", *WORDS, *SHORT, f"folder=judged-{cores}") == 0
     assert (place / f"judged-{cores}" / "judge" / "judge.json").exists()
     assert in_the_report == ([0] if cores == 1 else [])
 
@@ -127,7 +128,7 @@ def test_a_judge_that_cannot_be_trained_beside_is_trained_for_the_report(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(evaluation.report, "train_judge", lambda seed, progress: (AdherenceJudge(), {}))
     folder = f"misjudged-{len(said)}"
-    assert command("train", *WORDS, f"folder={folder}") == 0
+    assert command("train", *WORDS, *SHORT, f"folder={folder}") == 0
     assert said in capsys.readouterr().out
     assert (place / folder / "judge" / "judge.json").exists()
 
@@ -142,7 +143,7 @@ def document(run: Path, name: str) -> Any:
 def test_a_stage_keeps_its_threads(place: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the preflight that began the run, whatever another one would decide: or the last bits change."""
     save_judge(AdherenceJudge(), place / "threads" / "judge")
-    words, decided = [*WORDS, "folder=threads", "trainer.threads=0"], {"flops": 2e9}
+    words, decided = [*WORDS, *SHORT, "folder=threads", "trainer.threads=0"], {"flops": 2e9}
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(
         preflight, "threads_for", lambda options, _, before=0: threads_for(options, decided["flops"], before)

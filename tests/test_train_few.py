@@ -36,6 +36,7 @@ FIXED = Compute(torch.device("cpu"), False, True, False, "fixed by a test")
 @pytest.fixture(autouse=True)
 def _quick_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "decide", lambda *_: (FIXED, 0.01))
+    monkeypatch.setattr(preflight, "matmul_ceiling", lambda _: 1e11)
     monkeypatch.setattr(train, "NORMALISATION_IMAGES", 8)
 
 

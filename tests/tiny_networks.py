@@ -14,3 +14,5 @@ PLAN = (
     "plan.autoencoder.log_every_images=8", "plan.diffusion.images=64",
     "plan.diffusion.checkpoint_every_images=32", "plan.diffusion.validate_every_images=32",
 )  # fmt: skip
+#: After those of `PLAN`: one step of each, of runs whose training is beside the point.
+SHORT = ("plan.autoencoder.images=4", "plan.diffusion.images=8")

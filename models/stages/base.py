@@ -18,10 +18,10 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, save_checkpoint
 from models.loading import load_weights, read_model
 from models.stages.depends import flatten
-from models.stages.stage import Stage
 
 if TYPE_CHECKING:
     from models.stages.distillation import DistillationStage
+    from models.stages.stage import Stage
 
 #: Parts of the configuration whose weights, or whose meaning of the weights, are taken over.
 TAKEN = ("autoencoder", "text_encoder", "backbone", "objective.schedule", "objective.parameterization")
@@ -74,7 +74,7 @@ class Base:
         state = {"stage": "autoencoder", "images_seen": 0, "base": self.sha256}
         save_checkpoint(parent, 0, {"ema": tensors, "weights": tensors}, {"config": config, "state": state})
 
-    def start(self, stage: Stage) -> None:
+    def start(self, stage: "Stage") -> None:
         """Puts the averaged weights into the networks of a fresh `stage`, and into its average.
 
         Raises:

@@ -173,10 +173,15 @@ def _count(stage: Stage, compute: Compute, batch: Callable[[int], Batch]) -> tup
     one = batch(1).to(compute.device)
     kept: dict[int, int] = {}
 
+    def weights() -> set[int]:
+        return {local(p).untyped_storage().data_ptr() for p in stage.networks.parameters()}
+
+    # Those of a model that is spread are whole, and elsewhere, only while they are used.
+    known = weights() if stage.sharding is None else None
+
     def keep(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
-        # Looked at here, as the weights of a model that is spread are whole only while they are used.
-        if place not in {local(p).untyped_storage().data_ptr() for p in stage.networks.parameters()}:
+        if place not in (weights() if known is None else known):
             kept[place] = tensor.untyped_storage().nbytes()
         return tensor
 
