@@ -1,8 +1,7 @@
 """What training would need, computed: beside the same things counted on real tensors, and by hand."""
 
 import resource
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from models.stages.estimate import (
 )
 from models.stages.losses import half
 
-PROJECT = Path(__file__).resolve().parents[3]
 LARGE = ["text_encoder=vit_b_32", "autoencoder=sd", "data.resolution=512"]
 
 
@@ -178,16 +176,12 @@ def test_sdxl_has_its_size() -> None:
     )  # likewise, and without size conditions
 
 
-def test_the_command_prints_a_table_and_begins_nothing(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(PROJECT / "train.py"),
-        "plan=true",
-        "devices=8",
-        f"folder={tmp_path / 'runs'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "hsdp 2x4" in done.stdout
-    assert "8 devices, 16 images a step, 2 at a time" in done.stdout
+def test_the_command_prints_a_table_and_begins_nothing(
+    tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", "plan=true", "devices=8") == 0
+    told = capsys.readouterr().out
+    assert "hsdp 2x4" in told
+    assert "8 devices, 16 images a step, 2 at a time" in told
     assert list(tmp_path.iterdir()) == []
