@@ -13,6 +13,8 @@ from data.shard_index import DataError
 Unusable = sqlite3.OperationalError
 VERSION = 1
 APPLICATION = 0x46A2E4A1
+#: Seconds that a connection waits for another one that writes.
+PATIENCE = 10.0
 SCHEMA = """
 CREATE TABLE about (width INTEGER NOT NULL, height INTEGER NOT NULL);
 CREATE TABLE entrants (name TEXT PRIMARY KEY, checkpoint TEXT NOT NULL, options TEXT NOT NULL);
@@ -74,7 +76,7 @@ def make(folder: Path, width: int, height: int) -> None:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Returns a connection whose commits are on the disk when they return; raises sqlite3.Error."""
-    database = sqlite3.connect(path, timeout=10, check_same_thread=False)
+    database = sqlite3.connect(path, timeout=PATIENCE, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")

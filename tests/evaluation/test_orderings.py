@@ -19,7 +19,10 @@ from evaluation.metrics import (
 
 #: Strong enough for a judge of a few seconds, which is taught not to mind a little; a real one sees half.
 FAULTS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {
-    "blurred": (lambda x, sigma: gaussian_blur(x, [63, 63], [sigma, sigma]), (4.0, 8.0, 16.0)),
+    "blurred": (
+        lambda x, sigma: gaussian_blur(gaussian_blur(x, [63, 1], sigma), [1, 63], sigma),
+        (4.0, 8.0, 16.0),
+    ),
     "noised": (
         lambda x, sigma: x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
         (32.0, 64.0, 128.0),

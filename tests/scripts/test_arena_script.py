@@ -229,7 +229,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     assert main(words) == 0
 
 
-def test_a_held_database_is_not_called_damaged(arena: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_held_database_is_not_called_damaged(
+    arena: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.arena.database.PATIENCE", 0.2)
     with closing(sqlite3.connect(arena / "arena.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
