@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def copied(first: Path, name: str) -> tuple[Path, str]:
     return first.parents[1] / name / "tiny", f"folder={name}"
 
 
+def losses(stage: Path) -> list[float]:
+    """All that were logged of a stage, in order."""
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    return [line[figure] for line in lines for figure in ("train_loss", "val_loss") if figure in line]
+
+
 def assert_same(one: Path, other: Path, *stages: str) -> None:
     """The last checkpoints hold the same bits."""
     for stage in stages:
@@ -224,6 +231,26 @@ def test_a_stopped_autoencoder_goes_on_bit_for_bit(first: Path, command: Command
     assert "go on with resume=true, or give another name" in capsys.readouterr().err
     assert command("train", *WORDS, folder, "resume=true") == 0
     assert_same(run, first, "autoencoder", "diffusion")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler asks for it
+def test_a_compiled_run_learns_the_same(
+    place: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run of more than 20 minutes on a CPU, and every run on a GPU, goes through."""
+    for folder in ("eager", "compiled"):
+        save_judge(AdherenceJudge(), place / folder / "judge")
+    words = [*WORDS, "plan.diffusion.log_every_images=16"]
+    assert command("train", *words, "folder=eager") == 0
+    compiled = replace(FIXED, compiled=True)
+    monkeypatch.setattr(preflight, "decide", lambda *_: (compiled, 0.01))
+    assert command("train", *words, "folder=compiled", "trainer.compile=on") == 0
+    assert document(place / "compiled" / "tiny", "state")["compute"]["compiled"]
+    for stage in ("autoencoder", "diffusion"):
+        ours, wanted = (losses(place / folder / "tiny" / stage) for folder in ("compiled", "eager"))
+        assert len(wanted) >= 3
+        assert ours == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(first: Path, command: Command) -> None:
@@ -348,9 +375,8 @@ def test_training_goes_on_from_precomputed_moments(first: Path, command: Command
     assert "precompute" in capsys.readouterr().err
     assert precompute([str(run), "precomputed/moments"]) == 0
     assert command("train", *WORDS, folder, "data.precomputed=precomputed/moments") == 0
-    lines = [(each / "diffusion" / "metrics.jsonl").read_text().splitlines() for each in (run, first)]
-    losses, wanted = ([json.loads(line)["val_loss"] for line in each] for each in lines)
-    assert losses == pytest.approx(wanted, rel=1e-3)
+    ours, wanted = (losses(each / "diffusion") for each in (run, first))
+    assert ours == pytest.approx(wanted, rel=1e-3)
 
 
 def test_several_sources_are_mixed(first: Path, command: Command, capsys: Any) -> None:
@@ -374,9 +400,8 @@ def test_pictures_are_encoded_ahead_where_that_is_asked_for(
     assert "encoded once, ahead of the steps" in told
     assert (run / "moments" / "precomputed.json").exists()
     assert document(run, "state")["data"]["plan"] == {"moments": "stored"}
-    lines = [(each / "diffusion" / "metrics.jsonl").read_text().splitlines() for each in (run, first)]
-    losses, wanted = ([json.loads(line)["val_loss"] for line in each] for each in lines)
-    assert losses == pytest.approx(wanted, rel=1e-3)
+    ours, wanted = (losses(each / "diffusion") for each in (run, first))
+    assert ours == pytest.approx(wanted, rel=1e-3)
     # What began with moments goes on with them, whatever is asked for now; what did not, without.
     longer = "plan.diffusion.images=96"
     (run / "moments").rename(run / "elsewhere")
