@@ -40,7 +40,7 @@ from data.shards import ShardDataset
 from evaluation.report import contact_sheet, judge_folder, kept_judge, make_report
 from models.checkpoint import Checkpoint, CheckpointError, fingerprint, newest
 from models.diffusion.distillation import Distillation, Lesson
-from models.kernels import kernels
+from models.kernels import compile_ahead, kernels
 from models.loading import (
     MODEL_KEYS,
     PICTURING,
@@ -605,6 +605,8 @@ class Run:
         """The stage, with fresh weights."""
         if self.data.workers:
             start_server()  # which imports beside this process
+        if device_of(self.trainer).type == "cpu":
+            compile_ahead()
         # Imported here because lightning takes seconds, which --help and --cfg need not wait for.
         from models.stages.autoencoder import AutoencoderStage
         from models.stages.diffusion import DiffusionStage

@@ -36,6 +36,8 @@ PATIENCE = 300.0
 KEPT = 8 * 1024 * 1024
 #: Of each thread, kept: memory that no cache holds any more costs more than a transform.
 _rooms = threading.local()
+#: What one thread compiles, another waits for.
+_compiling = threading.Lock()
 
 _OPERATIONS = operations.Library("firstlight", "DEF")
 
@@ -85,6 +87,11 @@ def kernels() -> ctypes.CDLL | None:
         return None
 
 
+def compile_ahead() -> None:
+    """Begins to compile while this process imports for seconds; who asks for the kernels waits for that."""
+    threading.Thread(target=kernels, name="kernels").start()
+
+
 def load(compiler: str, folder: Path) -> ctypes.CDLL:
     """The library in `folder`, compiled by `compiler` where it is not there yet.
 
@@ -93,20 +100,25 @@ def load(compiler: str, folder: Path) -> ctypes.CDLL:
         SubprocessError: the compiler fails.
     """
     library = folder / f"kernels-{fingerprint(compiler)}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as name:
-            objects = [Path(name, f"{source.stem}.o") for source in SOURCES]
-            commands = [
-                [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
-                for source, made in zip(SOURCES, objects, strict=True)
-            ]
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(_run, commands))
-            # Not linked to a library of OpenMP: the functions are found in the one that torch has loaded.
-            linked = Path(name, "kernels.so")
-            _run([compiler, "-shared", *map(str, objects), "-o", str(linked)])
-            os.replace(linked, library)  # processes that start together may both write: the same
+    with _compiling:
+        if not library.exists():
+            _compile(compiler, library)
     return ctypes.CDLL(str(library))
+
+
+def _compile(compiler: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        objects = [Path(name, f"{source.stem}.o") for source in SOURCES]
+        commands = [
+            [compiler, *FLAGS, "-c", str(source), "-o", str(made)]
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(_run, commands))
+        # Not linked to a library of OpenMP: the functions are found in the one that torch has loaded.
+        linked = Path(name, "kernels.so")
+        _run([compiler, "-shared", *map(str, objects), "-o", str(linked)])
+        os.replace(linked, library)  # processes that start together may both write: the same
 
 
 def fingerprint(compiler: str) -> str:

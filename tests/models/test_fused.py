@@ -1,7 +1,10 @@
 """The machine's own kernels against torch's operations: values, gradients, and where they are not used."""
 
+import shutil
 import threading
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -209,6 +212,26 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(kernels, "FLAGS", ("--no-such-option",))
     assert kernels.kernels.__wrapped__() is None
     assert list((tmp_path / "firstlight").iterdir()) == []
+
+
+@needs_kernels
+def test_what_is_compiled_ahead_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there, compiled = kernels.kernels(), []
+    assert there is not None
+
+    def slowly(compiler: str, library: Path) -> None:
+        compiled.append(threading.current_thread().name)
+        time.sleep(0.3)
+        shutil.copyfile(there._name, library)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_compile", slowly)
+    monkeypatch.setattr(kernels, "kernels", lru_cache(kernels.kernels.__wrapped__))
+    kernels.compile_ahead()
+    while not compiled:
+        time.sleep(0.01)
+    assert kernels.kernels() is not None
+    assert compiled == ["kernels"]
 
 
 def test_a_cache_that_others_may_write_to_is_not_used(
